@@ -1,0 +1,413 @@
+"""Every setting, declared once.
+
+A setting is a field of a frozen dataclass, with its description in the docstring
+below it and its check in ``__post_init__``. Flags, ``--help``, YAML, MLflow params,
+the table in the README and search spaces all derive from these classes. Standard
+library only, so that this module loads in a blink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal
+
+from elman.errors import ConfigError
+
+Cell = Literal["rnn", "lstm", "gru", "gru_reset_before", "transformer"]
+Level = Literal["byte", "character", "word", "bpe"]
+Place = Literal["embedding", "input", "layer", "output"]
+
+RECURRENT_CELLS = ("rnn", "lstm", "gru", "gru_reset_before")
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    """Refuse a value: ``name`` must be ``rule``. Written so that NaN fails every comparison."""
+    if not holds:
+        raise ConfigError(f"{name} must be {rule}, got {value!r}.")
+
+
+def _positive(name: str, value: float | None) -> None:
+    _require(value is None or (value > 0 and isfinite(value)), name, value, "a positive number")
+
+
+def _probability(name: str, value: float | None) -> None:
+    _require(value is None or 0 <= value < 1, name, value, "at least 0 and below 1")
+
+
+def _not_negative(name: str, value: float) -> None:
+    _require(value >= 0 and isfinite(value), name, value, "zero or a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which text, how it is split, and how it is cut into tokens."""
+
+    name: str = "bible-asv"
+    """A built-in or preset by name; a path to a text file, directory or glob (.txt, .txt.gz,
+    .jsonl, .parquet, or source code); or hub:OWNER/NAME."""
+    level: Level = "character"
+    """What a token is: byte, character, word or bpe."""
+    validation_file: str | None = None
+    """File, directory or glob that is the validation split; None takes the official split or cuts one."""
+    test_file: str | None = None
+    """File, directory or glob that is the test split; None takes the official split or cuts one."""
+    validation_fraction: float = 0.05
+    """Share of the characters cut off as validation split where the corpus has no official one."""
+    test_fraction: float = 0.05
+    """Share of the characters, at the end, cut off as test split where the corpus has no official
+    split; 0 makes none."""
+    config: str | None = None
+    """Configuration of a hub data set; None takes its default."""
+    split: str | None = None
+    """Split of a hub data set that is the training text; None takes `train`."""
+    column: str = "text"
+    """Column that holds the text, in .jsonl, .parquet and hub data sets."""
+    revision: str | None = None
+    """Git revision of a hub data set; None takes the newest."""
+    streaming: bool = False
+    """Read the training split on the fly and keep no copy: for corpora larger than the disk."""
+    streaming_sample: int = 10_000_000
+    """Characters at the start of a streamed training split that make the vocabulary and, where
+    there is no official one, the validation and test splits."""
+    document_separator: str | None = None
+    """Text that ends a document inside a plain file; None makes each file (and each row) one document."""
+    encoding_errors: Literal["strict", "replace", "ignore"] = "strict"
+    """What invalid UTF-8 does: strict refuses it and names the byte, replace puts U+FFFD, ignore drops it."""
+    vocabulary_size: int | None = None
+    """Most tokens in the vocabulary; the most frequent stay. None keeps every word and
+    character, and makes 4,096 for bpe. Bytes are always 256."""
+    min_count: int = 1
+    """A word or character seen less often in the training split becomes `<unk>`."""
+
+    def __post_init__(self) -> None:
+        _require(self.name.strip() != "", "corpus.name", self.name, "a name or a path")
+        _require(0 < self.validation_fraction < 1, "corpus.validation_fraction", self.validation_fraction,
+                 "above 0 and below 1")
+        _probability("corpus.test_fraction", self.test_fraction)
+        _require(self.validation_fraction + self.test_fraction < 1, "corpus.validation_fraction + corpus.test_fraction",
+                 self.validation_fraction + self.test_fraction, "below 1")
+        _require(self.streaming_sample >= 1000, "corpus.streaming_sample", self.streaming_sample, "at least 1000")
+        _require(self.min_count >= 1, "corpus.min_count", self.min_count, "at least 1")
+        _require(self.document_separator != "", "corpus.document_separator", self.document_separator,
+                 "some text, or null for none")
+        _require(self.column != "", "corpus.column", self.column, "the name of a column")
+        if self.vocabulary_size is not None:
+            _require(self.level != "byte", "corpus.vocabulary_size", self.vocabulary_size,
+                     "null at corpus.level byte, which always has 256")
+            least = 257 if self.level == "bpe" else 3
+            _require(self.vocabulary_size >= least, "corpus.vocabulary_size", self.vocabulary_size,
+                     f"at least {least} at corpus.level {self.level}")
+        if self.level in ("byte", "bpe"):
+            _require(self.min_count == 1, "corpus.min_count", self.min_count,
+                     f"1 at corpus.level {self.level}, which has no unknown tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: embed, unroll, project."""
+
+    cell: Cell = "lstm"
+    """Recurrence: rnn (Elman), lstm, gru (torch's), gru_reset_before (Cho et al.'s), or a small
+    causal transformer as the yardstick."""
+    nonlinearity: Literal["tanh", "relu"] = "tanh"
+    """Activation of the rnn cell."""
+    embedding_size: int = 128
+    """Width of the token embedding."""
+    hidden_size: int = 256
+    """Hidden units in each layer."""
+    last_hidden_size: int | None = None
+    """Hidden units in the last layer; None takes hidden_size."""
+    parameter_budget: int | None = None
+    """Total parameters to come closest to from below by choosing hidden_size; None keeps hidden_size."""
+    num_layers: int = 1
+    """Recurrent layers (or Transformer blocks), stacked."""
+    num_heads: int = 4
+    """Attention heads of the transformer."""
+    tie_weights: bool = False
+    """Share the embedding with the output layer, through a projection where the sizes differ."""
+    residual: bool = False
+    """Add each layer's input to its output where the sizes agree (Transformer blocks always do)."""
+    layer_norm: bool = False
+    """Normalise each recurrent layer's output (Transformer blocks always do)."""
+    initial_state: Literal["zero", "learned"] = "zero"
+    """Hidden state at the start of a text: zeros, or parameters learned with the rest."""
+    forget_bias: float = 1.0
+    """Initial bias of the LSTM's forget gate."""
+    dropout: float = 0.0
+    """Dropout probability at the input, between layers and at the output, wherever the
+    setting for that place is null."""
+    embedding_dropout: float = 0.0
+    """Probability of dropping a whole word from the embedding."""
+    input_dropout: float | None = None
+    """Dropout on the embedded input; null follows dropout."""
+    layer_dropout: float | None = None
+    """Dropout between layers; null follows dropout."""
+    output_dropout: float | None = None
+    """Dropout on the last layer's output; null follows dropout."""
+    weight_dropout: float = 0.0
+    """Dropout on the hidden-to-hidden weights, one mask per window."""
+    variational: tuple[Place, ...] = ()
+    """Places where dropout keeps one mask for a whole window: embedding, input, layer, output.
+    Elsewhere each step draws its own."""
+    head: Literal["every_step", "last_step"] = "every_step"
+    """Predict after every step, or only after the last step of a padded window (many-to-one)."""
+    max_sequence_length: int = 64
+    """Tokens in the padded window of head last_step."""
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}", value, "at least 1")
+        for name in ("last_hidden_size", "parameter_budget"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"model.{name}", value, "at least 1, or null")
+        for name in ("dropout", "embedding_dropout", "input_dropout", "layer_dropout", "output_dropout",
+                     "weight_dropout"):
+            _probability(f"model.{name}", getattr(self, name))
+        _require(isfinite(self.forget_bias), "model.forget_bias", self.forget_bias, "finite")
+        _require(len(set(self.variational)) == len(self.variational), "model.variational", self.variational,
+                 "a list that names each place once")
+        if self.cell != "rnn":
+            _require(self.nonlinearity == "tanh", "model.nonlinearity", self.nonlinearity,
+                     f"tanh with model.cell {self.cell}; only rnn has a choice")
+        if self.cell != "lstm":
+            _require(self.forget_bias == 1.0, "model.forget_bias", self.forget_bias,
+                     f"left at 1.0 with model.cell {self.cell}; only lstm has a forget gate's bias to set")
+        if self.layer_dropout:
+            _require(self.num_layers > 1, "model.layer_dropout", self.layer_dropout,
+                     "0 or null with model.num_layers 1; there is nothing between layers")
+        if self.cell == "transformer":
+            self._check_transformer()
+
+    def _check_transformer(self) -> None:
+        if self.parameter_budget is None:
+            _require(self.hidden_size % (2 * self.num_heads) == 0, "model.hidden_size", self.hidden_size,
+                     f"a multiple of 2 × model.num_heads ({2 * self.num_heads}) with model.cell transformer")
+        _require(self.last_hidden_size is None, "model.last_hidden_size", self.last_hidden_size,
+                 "null with model.cell transformer, whose blocks are of one size")
+        _require(self.initial_state == "zero", "model.initial_state", self.initial_state,
+                 "zero with model.cell transformer, which has no hidden state")
+        _require(self.weight_dropout == 0, "model.weight_dropout", self.weight_dropout,
+                 "0 with model.cell transformer, which has no recurrent weights")
+
+    def dropout_at(self, place: Place) -> float:
+        """Dropout probability in force at ``place``."""
+        own = {"embedding": self.embedding_dropout, "input": self.input_dropout, "layer": self.layer_dropout,
+               "output": self.output_dropout}[place]
+        return self.dropout if own is None else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How the token stream is folded into rows and cut into windows."""
+
+    batch_size: int = 64
+    """Parallel streams: the training split is folded into so many contiguous rows."""
+    sequence_length: int = 64
+    """Truncated-BPTT window, in tokens."""
+    variable_length: bool = False
+    """Draw each training window's length around sequence_length, and scale the learning rate with it."""
+    evaluation_batch_size: int = 16
+    """Parallel streams in validation and test; fewer where the split is short."""
+    reset_at_documents: bool = False
+    """Reset the hidden state at document borders instead of carrying it across."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "evaluation_batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name}", value, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule and regularisation."""
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "nt_asgd"] = "adamw"
+    """Update rule; nt_asgd is SGD that starts averaging once validation stops improving."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    momentum: float = 0.0
+    """Momentum of sgd, nt_asgd and rmsprop."""
+    nesterov: bool = False
+    """Nesterov's form of momentum, for sgd."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moments."""
+    weight_decay: float = 0.0
+    """L2 penalty (decoupled in adamw) on weight matrices; biases, norms and embeddings are spared."""
+    max_grad_norm: float | None = 1.0
+    """Ceiling on the global L2 gradient norm; null leaves gradients unclipped."""
+    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
+    """Learning rate over time: constant, cosine or one_cycle (over the whole training), step
+    (by epochs), plateau (by the validation loss)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    final_lr_fraction: float = 0.01
+    """Share of lr at the end of cosine and one_cycle, and the floor of plateau."""
+    decay_factor: float = 0.5
+    """Factor on the learning rate at each decay of step and plateau."""
+    decay_start_epoch: int = 0
+    """Epochs at the full rate before step begins to decay."""
+    decay_every_epochs: int = 1
+    """Epochs between decays of step."""
+    decay_patience: int = 0
+    """Validations without improvement that plateau tolerates before it decays."""
+    nonmonotone_interval: int = 5
+    """Validations that nt_asgd looks back: averaging starts when the loss beats none of the best before them."""
+    activation_regularization: float = 0.0
+    """Weight of the mean squared dropped-out output (AR)."""
+    temporal_activation_regularization: float = 0.0
+    """Weight of the mean squared change of the output from step to step (TAR)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "max_grad_norm"):
+            _positive(f"optimizer.{name}", getattr(self, name))
+        for name in ("weight_decay", "activation_regularization", "temporal_activation_regularization"):
+            _not_negative(f"optimizer.{name}", getattr(self, name))
+        for name in ("warmup_steps", "decay_start_epoch", "decay_patience"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name}", value, "zero or more")
+        for name in ("decay_every_epochs", "nonmonotone_interval"):
+            value = getattr(self, name)
+            _require(value >= 1, f"optimizer.{name}", value, "at least 1")
+        _probability("optimizer.momentum", self.momentum)
+        for beta in self.betas:
+            _probability("optimizer.betas", beta)
+        _require(0 <= self.final_lr_fraction <= 1, "optimizer.final_lr_fraction", self.final_lr_fraction,
+                 "from 0 to 1")
+        _require(0 < self.decay_factor < 1, "optimizer.decay_factor", self.decay_factor, "above 0 and below 1")
+        if self.name in ("adam", "adamw"):
+            _require(self.momentum == 0, "optimizer.momentum", self.momentum,
+                     f"0 with optimizer.name {self.name}; set optimizer.betas instead")
+        if self.nesterov:
+            _require(self.name == "sgd" and self.momentum > 0, "optimizer.nesterov", self.nesterov,
+                     "false unless optimizer.name is sgd with a positive optimizer.momentum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, on what, and how often to look."""
+
+    max_epochs: int | None = 5
+    """Passes over the training split; null leaves the end to max_steps or max_minutes."""
+    max_steps: int | None = None
+    """Optimizer steps; null sets no limit."""
+    max_minutes: float | None = None
+    """Minutes of training, wall clock; null sets no limit. The schedule follows whichever limit comes first."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic: auto takes bf16 where the hardware multiplies in it, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train: auto takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; null takes every core of this process."""
+    accumulate_windows: int = 1
+    """Windows whose gradients make one optimizer step."""
+    validate_every_steps: int | None = None
+    """Steps between validations; null validates at the end of each epoch."""
+    patience: int | None = None
+    """Validations without improvement before training stops early; null never does."""
+    log_every_steps: int = 10
+    """Steps between logged training metrics."""
+    sample_length: int = 300
+    """Tokens of generated text recorded at each validation; 0 records none."""
+    sample_prompt: str = ""
+    """Prompt of those samples; empty starts from the beginning of a text."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "max_steps", "threads", "validate_every_steps", "patience"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null")
+        _positive("trainer.max_minutes", self.max_minutes)
+        for name in ("accumulate_windows", "log_every_steps"):
+            value = getattr(self, name)
+            _require(value >= 1, f"trainer.{name}", value, "at least 1")
+        _require(self.sample_length >= 0, "trainer.sample_length", self.sample_length, "zero or more")
+        if self.max_epochs is None and self.max_steps is None and self.max_minutes is None:
+            raise ConfigError(
+                "trainer.max_epochs, trainer.max_steps and trainer.max_minutes are all null: "
+                "set at least one, or training never ends."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where the run is recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else sqlite under ./mlruns."""
+    experiment: str = "elman"
+    """MLflow experiment that holds the run."""
+    register: str | None = None
+    """Name under which the model is registered; null registers none."""
+    system_metrics: bool = True
+    """Sample processor, memory and GPU use while training."""
+
+    def __post_init__(self) -> None:
+        _require(self.experiment.strip() != "", "tracking.experiment", self.experiment, "a name")
+        if self.register is not None:
+            _require(self.register.strip() != "" and not set(self.register) & set("/:@\\"), "tracking.register",
+                     self.register, "a name without / : @ or \\")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One training, whole: everything needed to repeat it."""
+
+    name: str = "default"
+    """What the run is called."""
+    seed: int = 1
+    """Seed of every random draw: initial weights, dropout, window lengths, samples."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.name.strip() != "", "name", self.name, "some text")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+        if self.data.reset_at_documents and self.model.head == "last_step":
+            raise ConfigError(
+                "data.reset_at_documents contradicts model.head last_step, which carries no state: leave one at its default."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a continuation is chosen from the model's probabilities."""
+
+    length: int = 400
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Divisor of the logits before sampling; 0 takes the likeliest token every time (greedy)."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens; null among all."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together hold this probability (nucleus); null among all."""
+    min_p: float | None = None
+    """Drop tokens less likely than this share of the likeliest one's probability; null drops none."""
+    repetition_penalty: float = 1.0
+    """Divisor of the positive (factor of the negative) logits of tokens already seen; 1 leaves them."""
+    beams: int = 1
+    """Beam search that keeps so many hypotheses and samples nothing; 1 samples."""
+    samples: int = 1
+    """Continuations to generate."""
+    stop: str | None = None
+    """End a continuation before this text; null ends at length."""
+    seed: int = 1
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "beams", "samples"):
+            value = getattr(self, name)
+            _require(value >= 1, f"--{name}", value, "at least 1")
+        _not_negative("--temperature", self.temperature)
+        _require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
+        _require(self.min_p is None or 0 <= self.min_p <= 1, "--min_p", self.min_p, "from 0 to 1")
+        _positive("--repetition_penalty", self.repetition_penalty)
+        _require(self.stop != "", "--stop", self.stop, "some text")
+        _require(0 <= self.seed < 2**32, "--seed", self.seed, "from 0 to 4294967295")
+        if self.beams > 1:
+            _require(self.samples <= self.beams, "--samples", self.samples, f"at most --beams ({self.beams})")

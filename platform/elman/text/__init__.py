@@ -1,0 +1,1 @@
+"""Corpora and tokenizers: from text to token ids."""

@@ -1,0 +1,1 @@
+"""Everything that is recorded, and how it is compared."""

@@ -1,0 +1,1 @@
+"""Assembly: one configuration, trained, tested and recorded."""
