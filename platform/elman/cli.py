@@ -1,0 +1,382 @@
+"""The command line: ``elman COMMAND …``. The only module that prints.
+
+Heavy libraries are imported inside the commands that use them, so that help and
+mistakes in arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elman import __version__
+from elman.config.load import Flags, load_config
+from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
+from elman.errors import ConfigError, DivergenceError, ElmanError
+
+if TYPE_CHECKING:
+    from elman.tracking.store import RunStore, RunSummary
+    from elman.training.experiment import RunResult
+
+JSON_HELP = "Print exactly one JSON object on standard output."
+
+
+def _flags(command: str) -> Flags:
+    flags = Flags(command, _summary(command))
+    flags.add_option("json", bool, JSON_HELP)
+    return flags
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def table(rows: Sequence[Sequence[str]], *, header: bool = True) -> str:
+    """Columns aligned with spaces: the first to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    if header:
+        lines.insert(1, "  ".join("─" * w for w in widths))
+    return "\n".join(lines)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train, evaluate and record one experiment."""
+    flags = _flags("train")
+    flags.add_option("config", str, "YAML file of settings; flags override it, and it overrides the defaults.")
+    flags.add_settings(ExperimentConfig)
+    values, given = flags.parse(arguments)
+    config = load_config(ExperimentConfig, values["config"], {k: v for k, v in given.items() if k not in ("config", "json")})
+
+    from elman.training.progress import terminal_reporter
+
+    reporter = terminal_reporter()
+    reporter.stage("loading libraries")
+    try:
+        from elman.training.experiment import run_experiment
+
+        result = run_experiment(config, reporter=reporter)
+    finally:
+        reporter.close()
+    if values["json"]:
+        _print_json(
+            {"run_id": result.run_id, "name": result.name, "metrics": result.metrics, "parameters": result.parameters,
+             "tokens_per_second": result.tokens_per_second, "seconds": result.seconds, "sample": result.sample,
+             "model_uri": result.model_uri, "ended_by": result.ended_by, "registered": result.registered}
+        )  # fmt: skip
+    else:
+        print(_report(result, config))
+    return 0
+
+
+def _report(result: RunResult, config: ExperimentConfig) -> str:
+    from elman.training.progress import duration
+
+    rows = [["", "loss (nats)", "perplexity", "bits/byte", "accuracy"]]
+    for prefix, name in (("val", "validation"), ("test", "test")):
+        if f"{prefix}/loss" in result.metrics:
+            m = {key: result.metrics[f"{prefix}/{key}"] for key in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+            rows.append([name, f"{m['loss']:.4f}", f"{m['perplexity']:,.2f}", f"{m['bits_per_byte']:.4f}",
+                         f"{m['accuracy']:.1%}"])  # fmt: skip
+    facts = (
+        f"{result.parameters['total']:,} parameters · {result.tokens_per_second:,.0f} tokens/s · "
+        f"{duration(result.seconds)} of training · {result.ended_by}"
+    )
+    prompt = "The " if config.corpus.name == "bible-asv" else ""
+    more = [f'elman generate {result.run_id} --prompt "{prompt}"', "elman runs", "make ui"]
+    more.append("make search-NAME" if Path("pipelines/searches").is_dir() else "make compare RUNS=\"RUN RUN\"")
+    registered = [f"registered as {result.registered}"] if result.registered else []
+    return "\n".join(
+        ["", table(rows), "", facts, *registered, "", f"─── {len(result.sample)} characters of its own ───",
+         result.sample, "───", "", "next:", *(f"  {command}" for command in more)]
+    )  # fmt: skip
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Continue a prompt with a trained model."""
+    flags = _flags("generate")
+    flags.add_positional("model", "A run id, models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's path.")
+    flags.add_option("prompt", str, "Text to continue; empty starts from the beginning of a text.", "")
+    flags.add_option("on-unknown", str, "What characters the model never saw do: refuse, or skip.", "refuse")
+    flags.add_settings(GenerationConfig)
+    flags.add_settings(TrackingConfig, prefix="tracking.")
+    values, given = flags.parse(arguments)
+    if values["on-unknown"] not in ("refuse", "skip"):
+        raise ConfigError(f"--on-unknown must be refuse or skip, got {values['on-unknown']!r}.")
+    config = flags.build(GenerationConfig, given)
+    prompt = values["prompt"]
+    generator = _generator(values["model"], flags.build(TrackingConfig, given, prefix="tracking."))
+    if values["json"]:
+        scores = None
+        if config.beams > 1:
+            texts, scores = zip(*generator.beams(prompt, config, values["on-unknown"]), strict=True)
+        else:
+            texts = tuple(generator.complete(prompt, config, values["on-unknown"]))
+        _print_json({"prompt": prompt, "samples": texts, "log_probabilities": scores})
+    elif config.beams > 1:
+        for text, score in generator.beams(prompt, config, values["on-unknown"]):
+            print(f"── log-probability {score:.4f} nats ──\n{prompt}{text}")
+    elif config.samples > 1:
+        for index, text in enumerate(generator.complete(prompt, config, values["on-unknown"]), 1):
+            print(f"── sample {index} ──\n{prompt}{text}")
+    else:
+        pieces = generator.stream(prompt, config, values["on-unknown"])
+        first = next(pieces)  # a prompt that is refused leaves standard output empty
+        print(prompt + first[0], end="", flush=True)
+        for [piece] in pieces:
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def _generator(reference: str, tracking: TrackingConfig) -> Any:
+    from elman.tasks.generation import TextGenerator
+    from elman.tracking.store import RunStore
+    from elman.training.loading import load_model, needs_store
+    from elman.training.trainer import set_threads
+
+    set_threads(None)
+    loaded = load_model(reference, RunStore(tracking) if needs_store(reference) else None)
+    return TextGenerator(loaded.model, loaded.tokenizer)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Score a trained model on any text."""
+    flags = _flags("evaluate")
+    flags.add_positional("model", "A run id, models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint's path.")
+    flags.add_option("split", str, "Which split to score: train, validation or test.", "test")
+    flags.add_settings(ExperimentConfig, only=("corpus", "data", "trainer", "tracking"))
+    values, given = flags.parse(arguments)
+
+    from elman.config.tree import override
+    from elman.tracking.store import RunStore
+    from elman.training.evaluation import evaluate_model
+    from elman.training.loading import load_model, needs_store
+
+    changes = {key: value for key, value in given.items() if "." in key}
+    tracking = flags.build(TrackingConfig, given, prefix="tracking.")
+    loaded = load_model(values["model"], RunStore(tracking) if needs_store(values["model"]) else None)
+    metrics, tokens = evaluate_model(loaded, override(loaded.config, changes), values["split"])
+    if values["json"]:
+        _print_json({"model": values["model"], "split": values["split"], "tokens": tokens, "metrics": metrics})
+    else:
+        rows = [["loss (nats)", "perplexity", "bits/byte", "bits/character", "accuracy", "tokens"]]
+        rows.append([f"{metrics['loss']:.4f}", f"{metrics['perplexity']:,.2f}", f"{metrics['bits_per_byte']:.4f}",
+                     f"{metrics['bits_per_character']:.4f}", f"{metrics['accuracy']:.1%}", f"{tokens:,}"])  # fmt: skip
+        print(table(rows))
+    return 0
+
+
+def _store(flags: Flags, given: Mapping[str, Any]) -> RunStore:
+    from elman.tracking.store import RunStore
+
+    return RunStore(flags.build(TrackingConfig, given, prefix="tracking."))
+
+
+def runs(arguments: Sequence[str]) -> int:
+    """List the recorded runs."""
+    flags = _flags("runs")
+    flags.add_option("filter", str, "MLflow filter, such as: metrics.`test/bits_per_byte` < 2 and params.`model.cell` = 'gru'", "")
+    flags.add_option("sort", str, "Metric to sort by, the lowest first; null sorts by time, the newest first.", None)
+    flags.add_option("limit", int, "Most runs to list.", 20)
+    flags.add_settings(TrackingConfig, prefix="tracking.")
+    values, given = flags.parse(arguments)
+    order = [f"metrics.`{values['sort']}` ASC"] if values["sort"] else []
+    found = _store(flags, given).runs(filter_string=values["filter"], order_by=order, limit=values["limit"])
+    if values["json"]:
+        _print_json({"runs": [_run_json(run) for run in found]})
+    elif not found:
+        print("No runs yet: `make train` makes the first one.")
+    else:
+        rows = [["run", "name", "status", "started", "val bits/byte", "test bits/byte", "parameters"]]
+        for run in found:
+            rows.append([run.id[:12], run.name, run.status, _when(run.started), _figure(run, "best/bits_per_byte"),
+                         _figure(run, "test/bits_per_byte"), _figure(run, "model/parameters", ",.0f")])  # fmt: skip
+        print(table(rows))
+    return 0
+
+
+def _run_json(run: RunSummary) -> dict[str, Any]:
+    return {"id": run.id, "name": run.name, "experiment": run.experiment, "status": run.status, "started": run.started,
+            "ended": run.ended, "params": run.params, "metrics": run.metrics,
+            "tags": {k: v for k, v in run.tags.items() if not k.startswith("mlflow.")}}  # fmt: skip
+
+
+def _when(milliseconds: int) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M")
+
+
+def _figure(run: RunSummary, metric: str, form: str = ".4f") -> str:
+    value = run.metrics.get(metric)
+    return "–" if value is None else format(value, form)
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Put runs side by side: settings that differ, figures, and overlaid loss curves."""
+    flags = _flags("compare")
+    flags.add_positional("runs", "Two or more run ids.", nargs="+")
+    flags.add_option("output", str, "PNG for the overlaid curves; null puts it under mlruns/comparisons.", None)
+    flags.add_settings(TrackingConfig, prefix="tracking.")
+    values, given = flags.parse(arguments)
+    if len(values["runs"]) < 2:
+        raise ConfigError("elman compare needs two or more runs: `elman runs` lists them.")
+    store = _store(flags, given)
+
+    from elman.tracking.compare import compare_runs, write_curves
+    from elman.tracking.store import local_root
+
+    comparison = compare_runs([store.find_run(run) for run in values["runs"]])
+    default = local_root() / "comparisons" / ("-".join(run.id[:8] for run in comparison.runs) + ".png")
+    path = Path(values["output"] or default)
+    write_curves(store, comparison.runs, path)
+    if values["json"]:
+        _print_json({"runs": [run.id for run in comparison.runs], "settings": comparison.settings,
+                     "metrics": comparison.metrics, "notes": comparison.notes, "curves": str(path)})  # fmt: skip
+        return 0
+    rows = [["", *(f"{run.name} {run.id[:6]}" for run in comparison.runs)]]
+    for name, settings in comparison.settings.items():
+        rows.append([name, *("–" if value is None else value for value in settings)])
+    rows.append(["", *("" for _ in comparison.runs)])
+    for name, metrics in comparison.metrics.items():
+        form = ",.0f" if name in ("model/parameters", "training/tokens_per_second", "training/seconds") else ".4f"
+        rows.append([name, *("–" if value is None else format(value, form) for value in metrics)])
+    print(table(rows))
+    for note in comparison.notes:
+        print(f"note: {note}")
+    print(f"\ncurves: {path}")
+    return 0
+
+
+def corpus(arguments: Sequence[str]) -> int:
+    """Show what a corpus holds."""
+    flags = _flags("corpus")
+    flags.add_positional("name", "A built-in or preset, a path, or hub:OWNER/NAME.", nargs="?")
+    flags.add_settings(CorpusConfig, prefix="corpus.")
+    values, given = flags.parse(arguments)
+    changes = dict(given) | ({"corpus.name": values["name"]} if values["name"] is not None else {})
+    config = flags.build(CorpusConfig, changes, prefix="corpus.")
+
+    from elman.text.prepare import prepare
+    from elman.text.prepared import describe
+    from elman.training.progress import terminal_reporter
+
+    reporter = terminal_reporter()
+    try:
+        prepared = prepare(config, progress=reporter.stage)
+    finally:
+        reporter.close()
+    facts = describe(prepared)
+    if values["json"]:
+        _print_json(facts)
+    else:
+        print(_describe(facts))
+    return 0
+
+
+def _describe(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2, ensure_ascii=False)
+
+
+def settings(arguments: Sequence[str]) -> int:
+    """Print every setting, its default and what it does."""
+    flags = _flags("settings")
+    values, _ = flags.parse(arguments)
+
+    from elman.config.tree import settings as all_settings
+    from elman.config.tree import settings_table
+
+    if values["json"]:
+        _print_json({s.name: {"default": s.default, "help": s.help} for s in all_settings(ExperimentConfig).values()})
+    else:
+        print(settings_table(ExperimentConfig))
+    return 0
+
+
+def ui(arguments: Sequence[str]) -> int:
+    """Open the MLflow UI on the local store."""
+    flags = _flags("ui")
+    flags.add_option("port", int, "Port on 127.0.0.1.", 5000)
+    values, _ = flags.parse(arguments)
+
+    from elman.tracking.server import serve
+
+    return serve(values["port"], ready=lambda address: print(f"MLflow UI: {address} (Ctrl-C ends it)", flush=True))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    command.__name__: command for command in (train, evaluate, generate, runs, compare, corpus, settings, ui)
+}
+"""Every command, declared here alone; its summary is its docstring."""
+
+
+def _summary(command: str) -> str:
+    return (COMMANDS[command].__doc__ or "").strip()
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {_summary(name)}" for name in COMMANDS]
+    return "\n".join(
+        ["usage: elman COMMAND …", "", "Train, compare and use recurrent language models.", "", *lines, "",
+         "elman COMMAND --help tells more; elman --version, the version."]
+    )  # fmt: skip
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"elman {__version__}")
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        from elman.config.tree import nearest
+
+        raise ConfigError(f"{command} is not a command of elman.{nearest(command, COMMANDS)} `elman --help` lists them.")
+    return COMMANDS[command](arguments[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code of the contract."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+    except ElmanError as error:
+        print(f"elman: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except DivergenceError as error:
+        print(f"elman: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("elman: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from elman.tracking.store import StoppedError
+
+        if isinstance(error, StoppedError):
+            print(f"elman: {error}; its newest checkpoint is kept with the run.", file=sys.stderr)
+            return 143 if error.signal_number == signal.SIGTERM else 130
+        traceback.print_exc()
+        print(f"elman: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""How many parameters a model has, by part, and the hidden size that a budget of them buys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from elman.config.schema import ModelConfig
+from elman.errors import ConfigError
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of a LanguageModel by part, and in total.
+
+    The parts are embedding, recurrent (blocks for the transformer), projection (what changes
+    widths between the others) and output. Tied weights count once, as embedding.
+    """
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    body = "blocks" if config.cell == "transformer" else "recurrent"
+    counts = {"embedding": 0, body: 0, "projection": 0, "output": 0}
+    part_of = {
+        "embedding": "embedding",
+        "input_projection": "projection",
+        "body": body,
+        "projection": "projection",
+        "output_weight": "output",
+        "output_bias": "output",
+    }
+    for name, parameter in model.named_parameters():
+        counts[part_of[name.partition(".")[0]]] += parameter.numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def solve_hidden_size(config: ModelConfig, total: Callable[[int], int]) -> int:
+    """Largest hidden size whose parameters are within ``config.parameter_budget``.
+
+    Args:
+        config: Holds the budget.
+        total: Parameters of the whole model at a hidden size.
+
+    Raises:
+        ConfigError: If even the smallest is beyond the budget, or the hidden size makes no difference.
+    """
+    budget = config.parameter_budget
+    assert budget is not None
+    unit = 2 * config.num_heads if config.cell == "transformer" else 1
+    smallest = total(unit)
+    if smallest > budget:
+        raise ConfigError(
+            f"model.parameter_budget must be at least {smallest} for this vocabulary, "
+            f"model.embedding_size {config.embedding_size} and model.num_layers {config.num_layers}, got {budget}."
+        )
+    if config.num_layers == 1 and config.last_hidden_size is not None:
+        raise ConfigError(
+            f"model.last_hidden_size {config.last_hidden_size} leaves model.parameter_budget nothing to choose "
+            "with model.num_layers 1: set it to null."
+        )
+    fits, beyond = 1, 2  # in units
+    while total(beyond * unit) <= budget:
+        fits, beyond = beyond, 2 * beyond
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if total(middle * unit) <= budget:
+            fits = middle
+        else:
+            beyond = middle
+    # The count rises with the hidden size but for one dip: equal sizes need no projection.
+    equal = config.embedding_size
+    if equal > fits * unit and equal % unit == 0 and total(equal) <= budget:
+        return equal
+    return fits * unit

@@ -1,0 +1,212 @@
+"""Language model: embed, unroll, project.
+
+Shape suffixes: B batch, T time steps, W steps of the padded window, E embedding, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elman.config.schema import RECURRENT_CELLS, ModelConfig
+from elman.errors import ModelError
+from elman.models.count import count_parameters, solve_hidden_size
+from elman.models.dropout import Dropout, WordDropout
+from elman.models.initialization import initialize_embedding, initialize_linear, initialize_output
+from elman.models.recurrent import RecurrentStack
+from elman.models.state import State, expand, replace_rows
+from elman.models.transformer import TransformerStack
+
+
+class Features(NamedTuple):
+    """What the layers made of a window, before it is scored."""
+
+    raw_BTH: Tensor  # noqa: N815
+    """The last layer's output."""
+    dropped_BTH: Tensor  # noqa: N815
+    """The same after output dropout."""
+    state: State
+    """Carry for the next window, still attached."""
+
+
+class LanguageModel(nn.Module):
+    """Scores the next token after every token.
+
+    Args:
+        config: The architecture; its parameter_budget must be solved (``build_model`` does).
+        vocabulary_size: Tokens that can be predicted, V.
+        num_inputs: Rows of the embedding: V, or V + 1 where ``start_id`` is V.
+        start_id: The token that stands before every text.
+        context_length: Tokens that the transformer's cache keeps; other cells ignore it.
+
+    Weights may be tied: the first V rows of the embedding are the output matrix too, through a
+    projection from H to E where the sizes differ.
+
+    Source: Zaremba et al. (2014), arXiv:1409.2329; tied weights: Press & Wolf (2017),
+    arXiv:1608.05859, and Inan et al. (2017), arXiv:1611.01462.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, vocabulary_size: int, num_inputs: int, start_id: int, context_length: int
+    ) -> None:
+        super().__init__()
+        assert config.parameter_budget is None
+        assert vocabulary_size <= num_inputs
+        assert 0 <= start_id < num_inputs
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.num_inputs = num_inputs
+        self.start_id = start_id
+        self.context_length = context_length
+        self.last_step = config.head == "last_step"
+
+        rows = torch.empty(num_inputs, config.embedding_size)  # nn.Embedding's own draws would be lost
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
+        initialize_embedding(self.embedding.weight, start_id=start_id, vocabulary_size=vocabulary_size)
+        self.word_dropout = WordDropout(config.dropout_at("embedding"), variational="embedding" in config.variational)
+        self.input_dropout = Dropout(config.dropout_at("input"), variational="input" in config.variational)
+        self.input_projection: nn.Linear | None = None
+        self.body: RecurrentStack | TransformerStack
+        if config.cell in RECURRENT_CELLS:
+            self.body = RecurrentStack(config, config.embedding_size)
+        else:
+            if config.embedding_size != config.hidden_size:
+                self.input_projection = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+                initialize_linear(self.input_projection)
+            within = config.max_sequence_length - 1 if self.last_step else context_length
+            self.body = TransformerStack(config, context_length=within, cached=not self.last_step)
+        self.output_dropout = Dropout(config.dropout_at("output"), variational="output" in config.variational)
+
+        self.projection: nn.Linear | None = None
+        self.output_weight: nn.Parameter | None = None
+        if not config.tie_weights:
+            self.output_weight = nn.Parameter(torch.empty(vocabulary_size, self.body.output_size))
+            initialize_output(self.output_weight)
+        elif self.body.output_size != config.embedding_size:
+            self.projection = nn.Linear(self.body.output_size, config.embedding_size, bias=False)
+            initialize_linear(self.projection)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Everything ``from_architecture`` needs, as plain JSON."""
+        config = asdict(self.config) | {"variational": list(self.config.variational)}
+        return {
+            "config": config,
+            "vocabulary_size": self.vocabulary_size,
+            "num_inputs": self.num_inputs,
+            "start_id": self.start_id,
+            "context_length": self.context_length,
+        }
+
+    @classmethod
+    def from_architecture(cls, architecture: dict[str, Any]) -> Self:
+        """Rebuild the model, with fresh weights.
+
+        Raises:
+            ModelError: If a setting is missing or unknown, as in a model of another version.
+        """
+        try:
+            sizes = {key: value for key, value in architecture.items() if key != "config"}
+            settings = dict(architecture["config"])
+            config = ModelConfig(**settings | {"variational": tuple(settings["variational"])})
+            return cls(config, **sizes)
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"The model's architecture does not fit this version of elman: {error}.") from error
+
+    def initial_state(self, batch_size: int) -> State:
+        """The carry at the start of a text, on the model's device: zeros, learned, or an empty cache.
+
+        With head last_step the carry is the padding: the W − 1 tokens before the first.
+        """
+        if self.last_step:
+            before = (1, self.config.max_sequence_length - 1)
+            padding = torch.full(before, self.start_id, device=self.embedding.weight.device)
+            return expand(((padding,),), batch_size)
+        return self.body.initial_state(batch_size)
+
+    def reset(self, state: State, rows_B: Tensor) -> State:
+        """Return the rows that are True to the initial state, as at a document's border."""
+        return replace_rows(state, self.initial_state(rows_B.shape[0]), rows_B)
+
+    def features(self, tokens_BT: Tensor, state: State | None = None) -> Features:
+        """Run a window through embedding and layers.
+
+        Args:
+            tokens_BT: Token ids in [0, num_inputs), int64.
+            state: Carry from the preceding window; None starts a text.
+        """
+        if state is None:
+            state = self.initial_state(tokens_BT.shape[0])
+        assert state[0][0].shape[0] == tokens_BT.shape[0], "the carry is of another batch size"
+        if self.last_step:
+            raw_BTH, state = self._last_steps(tokens_BT, state)
+        else:
+            raw_BTH, state = self.body(self._embed(tokens_BT), state)
+        return Features(raw_BTH, self.output_dropout(raw_BTH), state)
+
+    def project(self, features_H: Tensor) -> Tensor:
+        """Logits (…, V) of features (…, H)."""
+        if self.projection is not None:
+            features_H = F.linear(features_H, self.projection.weight)
+        weight = self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight
+        return F.linear(features_H, weight, self.output_bias)
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Score the next token at every position.
+
+        Args:
+            tokens_BT: Token ids in [0, num_inputs), int64.
+            state: Carry from the preceding window; None starts a text.
+
+        Returns:
+            Logits (B, T, V), and the carry for the next window, still attached.
+        """
+        features = self.features(tokens_BT, state)
+        return self.project(features.dropped_BTH), features.state
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        embedded_BTE: Tensor = self.word_dropout(self.embedding(tokens_BT), tokens_BT, self.num_inputs)
+        embedded_BTE = self.input_dropout(embedded_BTE)
+        if self.input_projection is not None:
+            embedded_BTE = self.input_projection(embedded_BTE)
+        return embedded_BTE
+
+    def _last_steps(self, tokens_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """The textbook's many-to-one: every position is the last step of a window of its own."""
+        batch_size, length = tokens_BT.shape
+        ((carried_BW,),) = state
+        stream = torch.cat((carried_BW, tokens_BT), dim=1)
+        windows_BTW = stream.unfold(1, self.config.max_sequence_length, 1)
+        windows_NW = windows_BTW.flatten(0, 1)
+        out_NWH, _ = self.body(self._embed(windows_NW), self.body.initial_state(windows_NW.shape[0]))
+        return out_NWH[:, -1].unflatten(0, (batch_size, length)), ((stream[:, length:],),)
+
+
+def build_model(
+    config: ModelConfig, *, vocabulary_size: int, num_inputs: int, start_id: int, context_length: int
+) -> LanguageModel:
+    """Build the model, choosing hidden_size where the config gives a parameter_budget.
+
+    Raises:
+        ConfigError: If no hidden size keeps the budget.
+    """
+    sizes = {
+        "vocabulary_size": vocabulary_size,
+        "num_inputs": num_inputs,
+        "start_id": start_id,
+        "context_length": context_length,
+    }
+    if config.parameter_budget is not None:
+
+        def total(hidden_size: int) -> int:
+            candidate = replace(config, hidden_size=hidden_size, parameter_budget=None)
+            with torch.device("meta"):  # shapes without storage
+                return count_parameters(LanguageModel(candidate, **sizes))["total"]
+
+        config = replace(config, hidden_size=solve_hidden_size(config, total), parameter_budget=None)
+    return LanguageModel(config, **sizes)

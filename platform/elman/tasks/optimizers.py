@@ -1,0 +1,112 @@
+"""Update rules, and which parameters weight decay spares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elman.config.schema import OptimizerConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, apart from biases, norms, embeddings and initial states, which do not.
+
+    Pulling those towards zero removes no capacity that overfits; it shifts what the
+    network computes at rest. An embedding that serves as output layer too is spared.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def decays(name: str, p: Tensor) -> bool:
+        return p.ndim == 2 and id(p) not in embeddings and "initial" not in name
+
+    decayed = [p for name, p in parameters if decays(name, p)]
+    spared = [p for name, p in parameters if not decays(name, p)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class NTASGD(torch.optim.SGD):
+    """Averaged SGD, triggered by a validation loss that stops improving.
+
+    From the trigger on, a running mean of the weights is kept beside them; the mean is
+    what is validated, saved as best and used. Source: Polyak & Juditsky (1992),
+    doi:10.1137/0330046; the trigger: Merity et al. (2018), arXiv:1708.02182, algorithm 1.
+
+    Args:
+        params: As of torch.optim.SGD.
+        interval: n of the paper: validations to look back.
+        kwargs: As of torch.optim.SGD.
+    """
+
+    def __init__(self, params: Any, *, interval: int, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self.interval = interval
+        self._losses: list[float] = []
+        self.averaged_steps: int | None = None
+
+    def validated(self, loss: float) -> None:
+        """Tell the trigger the newest validation loss."""
+        if self.averaged_steps is None:
+            earlier = self._losses[: -self.interval] if len(self._losses) > self.interval else []
+            if earlier and loss > min(earlier):
+                self.averaged_steps = 0
+        self._losses.append(loss)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One SGD step, and one step of the mean where it runs."""
+        loss = super().step(closure)
+        if self.averaged_steps is not None:
+            self.averaged_steps += 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    if "average" not in state:
+                        state["average"] = p.detach().clone()
+                    state["average"].lerp_(p.detach(), 1 / self.averaged_steps)
+        return loss
+
+    @torch.no_grad()
+    def swap(self) -> bool:
+        """Exchange the weights with their means; a second call exchanges them back. False where no mean runs."""
+        if not self.averaged_steps:
+            return False
+        for group in self.param_groups:
+            for p in group["params"]:
+                held = p.detach().clone()
+                p.copy_(self.state[p]["average"])
+                self.state[p]["average"].copy_(held)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch.optim.SGD, with the trigger."""
+        return {**super().state_dict(), "trigger": {"losses": list(self._losses), "steps": self.averaged_steps}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of torch.optim.SGD, with the trigger."""
+        state = dict(state_dict)
+        trigger = state.pop("trigger")
+        super().load_state_dict(state)
+        self._losses, self.averaged_steps = list(trigger["losses"]), trigger["steps"]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The update rule that the configuration names, over the model's parameters.
+
+    Sources: momentum, Sutskever et al. (2013); Adam, Kingma & Ba (2015), arXiv:1412.6980;
+    AdamW, Loshchilov & Hutter (2019), arXiv:1711.05101; RMSprop, Tieleman & Hinton (2012).
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    # One kernel for all parameters instead of a loop over them.
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.name == "nt_asgd":
+        return NTASGD(groups, lr=config.lr, momentum=config.momentum, interval=config.nonmonotone_interval)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, fused=fused)

@@ -1,0 +1,53 @@
+"""Registered models: versions of a name, the best of which is the champion."""
+
+from __future__ import annotations
+
+import logging
+
+from elman.errors import TrackingError
+from elman.tracking.store import Run
+
+log = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+
+
+def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, digest: str) -> tuple[str, bool]:
+    """Register a run's model, and make it champion where it is the best of its name.
+
+    Versions compare by the bits per byte of the test split (of the validation split
+    where there is none), and only on one and the same corpus.
+
+    Returns:
+        The new version, and whether it is the champion now.
+
+    Raises:
+        TrackingError: MLflow refuses the name.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = run.store.client
+    try:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(
+            name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
+        )
+        holder = client.get_registered_model(name).aliases.get(CHAMPION)
+        if holder is not None:
+            champion = client.get_model_version(name, holder)
+            if champion.tags.get("corpus.digest") != digest:
+                log.warning(
+                    "%s version %s keeps the alias %s: it was judged on another corpus, and the two do not compare.",
+                    name, holder, CHAMPION,
+                )  # fmt: skip
+                return str(version.version), False
+            if float(champion.tags["bits_per_byte"]) <= bits_per_byte:
+                return str(version.version), False
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    except MlflowException as error:
+        raise TrackingError(f"tracking.register {name}: MLflow refuses it ({str(error).splitlines()[0]}).") from None
+    return str(version.version), True

@@ -1,0 +1,334 @@
+"""The MLflow store: where it is, and a run's life in it.
+
+The status of a run is ours to set: FINISHED, FAILED with the error's first line, or
+KILLED where the user stopped it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elman.config.load import dump_yaml
+from elman.config.schema import ExperimentConfig, TrackingConfig
+from elman.config.tree import flatten, signature
+from elman.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# A server that is away is noticed in seconds, not in MLflow's four minutes; nobody is told of our runs.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+LOCAL_ROOT = "mlruns"
+
+
+class StoppedError(Exception):
+    """The user stopped the training; the run is KILLED.
+
+    Args:
+        signal_number: What stopped it: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("stopped by the user")
+        self.signal_number = signal_number
+
+
+def without_password(uri: str) -> str:
+    """A URI fit to be shown: what stands before the host's @ is cut."""
+    return re.sub(r"(://)[^/@\s]*@", r"\1***@", uri)
+
+
+def local_root() -> Path:
+    """The folder of the local store, absolute: MLflow stores locations as they are given."""
+    return Path(LOCAL_ROOT).absolute()
+
+
+def tracking_uri(config: TrackingConfig) -> str:
+    """The URI in force: the setting, else MLFLOW_TRACKING_URI, else sqlite under ./mlruns."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_root() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as the store has it."""
+
+    id: str
+    name: str
+    experiment: str
+    status: str
+    started: int
+    """Milliseconds since 1970."""
+    ended: int | None
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+class RunStore:
+    """A tracking store, opened.
+
+    Args:
+        config: Where it is.
+
+    Raises:
+        TrackingError: It cannot be reached or written.
+    """
+
+    def __init__(self, config: TrackingConfig | None = None) -> None:
+        self.config = config or TrackingConfig()
+        self.uri = tracking_uri(self.config)
+        self.is_local = self.uri == f"sqlite:///{local_root() / 'mlflow.db'}"
+        self.client = self._connect()
+
+    def _connect(self) -> MlflowClient:
+        import logging
+
+        # MLflow announces every database migration; that its tables exist is no news.
+        for name in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            if self.is_local:
+                root = local_root()
+                root.mkdir(parents=True, exist_ok=True)
+                # Two processes that create the tables at once crash each other.
+                with (root / ".lock").open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    return self._client()
+            return self._client()
+        except OSError as error:
+            raise TrackingError(
+                f"{local_root()} cannot be written ({error.strerror}): run where you may write, or set tracking.uri."
+            ) from None
+
+    def _client(self) -> MlflowClient:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+            client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            client.get_experiment_by_name(self.config.experiment)
+        except OSError:
+            raise
+        except Exception as error:
+            if not isinstance(error, MlflowException) and type(error).__module__.split(".")[0] not in (
+                "sqlalchemy", "requests", "urllib3",
+            ):  # fmt: skip
+                raise
+            raise TrackingError(
+                f"The tracking store {without_password(self.uri)} cannot be used "
+                f"({without_password(str(error)).splitlines()[0][:200]}): "
+                "start its server, or set tracking.uri or MLFLOW_TRACKING_URI to another."
+            ) from None
+        return client
+
+    def experiment_id(self) -> str:
+        """The id of the configured experiment, created where it does not exist."""
+        from mlflow.exceptions import MlflowException
+
+        name = self.config.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise TrackingError(f"tracking.experiment {name} was deleted: restore it in MLflow, or use another name.")
+            return str(found.experiment_id)
+        location = str(local_root() / "artifacts" / name) if self.is_local else None
+        try:
+            return str(self.client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            # Another process was faster.
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+    @contextmanager
+    def start_run(self, config: ExperimentConfig, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+        """Open a run for a configuration; its end decides the status.
+
+        Args:
+            config: Recorded whole, as params and as config.yaml.
+            name: What the UI calls it.
+            tags: Recorded with it.
+        """
+        from mlflow.entities import Param
+
+        created = self.client.create_run(
+            self.experiment_id(), run_name=name, tags={**tags, "config.signature": signature(config)}
+        )
+        run = Run(self, created.info.run_id, name)
+        status = "FAILED"
+        try:
+            shown = {key: without_password(_as_text(value)) for key, value in flatten(config).items()}
+            self.client.log_batch(run.id, params=[Param(key, value) for key, value in shown.items()])
+            run.log_text("config.yaml", without_password(dump_yaml(config)))
+            yield run
+            status = "FINISHED"
+        except StoppedError:
+            status = "KILLED"
+            raise
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.client.set_tag(run.id, "error", without_password(first_line)[:500])
+            raise
+        finally:
+            run.flush()
+            self.client.set_terminated(run.id, status=status)
+
+    def find_run(self, run_id: str) -> RunSummary:
+        """A run by its id, or by the first eight or more digits of it.
+
+        Raises:
+            TrackingError: There is none, or several begin so.
+        """
+        if re.fullmatch(r"[0-9a-f]{32}", run_id):
+            from mlflow.exceptions import MlflowException
+
+            try:
+                return self._summary(self.client.get_run(run_id), {})
+            except MlflowException:
+                raise TrackingError(f"There is no run {run_id} in {without_password(self.uri)}.") from None
+        matches = [run for run in self.runs(every_experiment=True) if run.id.startswith(run_id) or run.name == run_id]
+        if len(matches) == 1 or (matches and all(run.name == run_id for run in matches)):
+            return matches[0]  # the newest of a name
+        if matches:
+            raise TrackingError(f"{run_id} names {len(matches)} runs: give more of the id.")
+        raise TrackingError(f"There is no run {run_id!r} in {without_password(self.uri)}: `elman runs` lists them.")
+
+    def runs(
+        self, *, filter_string: str = "", order_by: Sequence[str] = (), limit: int = 1000, every_experiment: bool = False
+    ) -> list[RunSummary]:
+        """Runs of the experiment, the newest first unless ordered otherwise.
+
+        Raises:
+            TrackingError: MLflow does not understand the filter or the order.
+        """
+        from mlflow.exceptions import MlflowException
+
+        experiments = {str(e.experiment_id): e.name for e in self.client.search_experiments()}
+        wanted = [i for i, name in experiments.items() if every_experiment or name == self.config.experiment]
+        if not wanted:
+            return []
+        try:
+            found = self.client.search_runs(wanted, filter_string, max_results=limit, order_by=list(order_by) or None)
+        except MlflowException as error:
+            raise TrackingError(f"MLflow refuses that: {str(error).splitlines()[0]}") from None
+        return [self._summary(run, experiments) for run in found]
+
+    @staticmethod
+    def _summary(run: Any, experiments: Mapping[str, str]) -> RunSummary:
+        return RunSummary(
+            id=run.info.run_id,
+            name=run.info.run_name or "",
+            experiment=experiments.get(str(run.info.experiment_id), str(run.info.experiment_id)),
+            status=run.info.status,
+            started=run.info.start_time,
+            ended=run.info.end_time,
+            params=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+            tags=dict(run.data.tags),
+        )
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric, by step."""
+        points = self.client.get_metric_history(run_id, metric)
+        return sorted((point.step, point.value) for point in points)
+
+    def download(self, run_id: str, artifact: str, into: Path) -> Path:
+        """An artifact's local copy.
+
+        Raises:
+            TrackingError: The run has no such artifact.
+        """
+        import mlflow
+
+        try:
+            return Path(
+                mlflow.artifacts.download_artifacts(
+                    run_id=run_id, artifact_path=artifact, dst_path=str(into), tracking_uri=self.uri
+                )
+            )
+        except Exception as error:
+            raise TrackingError(
+                f"Run {run_id} has no artifact {artifact} ({str(error).splitlines()[0][:120]})."
+            ) from None
+
+
+class Run:
+    """A run that is being written."""
+
+    def __init__(self, store: RunStore, run_id: str, name: str) -> None:
+        from elman.tracking.buffer import MetricBuffer
+
+        self.store, self.id, self.name = store, run_id, name
+        self.metrics = MetricBuffer(store.client, run_id)
+
+    def flush(self) -> None:
+        """Deliver every metric that still waits."""
+        self.metrics.close()
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Tags, in one request."""
+        from mlflow.entities import RunTag
+
+        self.store.client.log_batch(self.id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+
+    def log_text(self, name: str, text: str) -> None:
+        """A text artifact; the same name again replaces it."""
+        self.store.client.log_text(self.id, text, name)
+
+    def log_json(self, name: str, value: object) -> None:
+        """A JSON artifact."""
+        self.log_text(name, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """A file as artifact, under its own name."""
+        self.store.client.log_artifact(self.id, str(path), folder)
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        """A matplotlib figure as PNG."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            figure.savefig(path, dpi=120)
+            self.log_file(path)
+
+    def log_dataset(self, *, name: str, digest: str, source: str, splits: Mapping[str, Mapping[str, object]]) -> None:
+        """The corpus as MLflow inputs: one per split, with its sizes as profile."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                # MLflow keeps 36 characters of a digest; the whole one is a tag of the run.
+                Dataset(
+                    name=f"{name}/{split}",
+                    digest=digest[:16],
+                    source_type="text",
+                    source=json.dumps({"source": source}),
+                    schema=json.dumps({"mlflow_colspec": [{"type": "string", "name": "text", "required": True}]}),
+                    profile=json.dumps(dict(profile)),
+                ),
+                tags=[InputTag("mlflow.data.context", split)],
+            )
+            for split, profile in splits.items()
+        ]
+        self.store.client.log_inputs(self.id, inputs)
+
+
+def _as_text(value: object) -> str:
+    """A setting's value as MLflow shows it: text bare, everything else as YAML would have it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,264 @@
+"""What happens between the steps: limits, recording, checkpoints, samples."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from elman.config.schema import TrainerConfig
+from elman.tasks.language_modeling import LanguageModeling
+from elman.tasks.metrics import Bits, perplexity
+from elman.tracking.store import StoppedError
+from elman.training.progress import Reporter
+
+
+class StopSignals:
+    """Turns Ctrl-C and SIGTERM into a wish that the training honours at the end of the step in hand.
+
+    A second Ctrl-C is Python's own again, and leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: its owner handles signals
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+class Limits(L.Callback):
+    """Ends the training: by epochs, steps, minutes or patience, or because the user said so.
+
+    It also tells the task how far the training is, which is what the schedule follows.
+    """
+
+    def __init__(self, config: TrainerConfig, signals: StopSignals) -> None:
+        self._config, self._signals = config, signals
+        self.started: float | None = None
+        self._best, self._waited = math.inf, 0
+        self.reason = "all epochs done"
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the training began."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+
+    def progress(self, trainer: L.Trainer, batch_idx: int) -> float:
+        """Share of the training done, by whichever limit is nearest."""
+        c, shares = self._config, [0.0]
+        if c.max_epochs is not None and math.isfinite(trainer.num_training_batches):
+            shares.append((trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / c.max_epochs)
+        if c.max_steps is not None:
+            shares.append(trainer.global_step / c.max_steps)
+        if c.max_minutes is not None:
+            shares.append(self.seconds / (60 * c.max_minutes))
+        return min(1.0, max(shares))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the limits."""
+        assert isinstance(pl_module, LanguageModeling)
+        pl_module.progress = self.progress(trainer, batch_idx)
+        if self._signals.received is not None:
+            raise StoppedError(self._signals.received)
+        c = self._config
+        if c.max_steps is not None and trainer.global_step >= c.max_steps:
+            self.reason, trainer.should_stop = f"trainer.max_steps {c.max_steps} reached", True
+        elif c.max_minutes is not None and self.seconds >= 60 * c.max_minutes:
+            self.reason, trainer.should_stop = f"trainer.max_minutes {c.max_minutes:g} reached", True
+
+    def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
+        """A long validation can be stopped too."""
+        if self._signals.received is not None:
+            raise StoppedError(self._signals.received)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count validations without improvement."""
+        assert isinstance(pl_module, LanguageModeling)
+        if pl_module.validation is None or self._config.patience is None:
+            return
+        if pl_module.validation.loss < self._best:
+            self._best, self._waited = pl_module.validation.loss, 0
+            return
+        self._waited += 1
+        if self._waited >= self._config.patience:
+            self.reason = f"no better validation in trainer.patience {self._config.patience}"
+            trainer.should_stop = True
+
+
+class Recorder(L.Callback):
+    """Collects the training's figures on the device and passes them on every few steps."""
+
+    def __init__(self, config: TrainerConfig, limits: Limits, reporter: Reporter, train_bits: Bits | None) -> None:
+        self._config, self._limits, self._reporter, self._bits = config, limits, reporter, train_bits
+        self._nats: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._clock = 0.0
+        self.tokens, self.seconds = 0, 0.0
+        self.best: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock of the throughput."""
+        self._clock = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step; every log_every_steps, log."""
+        self._nats.append(outputs["nats"] * outputs["tokens"])
+        self._tokens.append(outputs["tokens"])
+        if trainer.global_step % self._config.log_every_steps == 0:
+            self._log(trainer, pl_module, batch_idx)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validation is not training time."""
+        if not trainer.sanity_checking and self._tokens:
+            self._log(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, batch_idx: int) -> None:
+        assert isinstance(pl_module, LanguageModeling)
+        if not self._tokens:
+            return
+        tokens = int(torch.stack(self._tokens).sum())
+        loss = float(torch.stack(self._nats).sum()) / tokens
+        self._nats, self._tokens = [], []
+        now = time.monotonic()
+        spent, self._clock = now - self._clock, now
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + spent
+        metrics = {
+            "train/loss": loss,
+            "train/perplexity": perplexity(loss),
+            "throughput/tokens_per_second": tokens / max(spent, 1e-9),
+            "optimizer/lr": pl_module.lr,
+            "epoch": trainer.current_epoch + (batch_idx + 1) / max(1, trainer.num_training_batches)
+            if math.isfinite(trainer.num_training_batches)
+            else trainer.current_epoch,
+        }
+        if self._bits is not None:
+            metrics["train/bits_per_byte"] = self._bits.bits_per_byte(loss)
+        if pl_module.grad_norm is not None:
+            metrics["optimizer/grad_norm"] = float(pl_module.grad_norm)
+        assert trainer.logger is not None
+        trainer.logger.log_metrics(metrics, trainer.global_step)
+        share = max(pl_module.progress, 1e-9)
+        self._reporter.step(share, self._limits.seconds * (1 - share) / share, metrics)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the validation, and start the throughput's clock again."""
+        assert isinstance(pl_module, LanguageModeling)
+        if pl_module.validation is None or trainer.sanity_checking:
+            return
+        metrics = pl_module.validation.metrics("val", pl_module.bits)
+        is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
+        if is_best:
+            self.best = metrics
+        assert trainer.logger is not None
+        epoch = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(
+            1.0, trainer.num_training_batches
+        )
+        trainer.logger.log_metrics(metrics, trainer.global_step)
+        self._reporter.validated(epoch, trainer.global_step, metrics, is_best)
+        self._clock = time.monotonic()
+
+
+class Checkpoints(L.Callback):
+    """Keeps the newest state and the best one, each written whole or not at all.
+
+    Args:
+        folder: Where best.ckpt and last.ckpt go.
+        extra: What a checkpoint needs to stand alone: architecture, tokenizer, settings.
+    """
+
+    def __init__(self, folder: Path, extra: Mapping[str, Any]) -> None:
+        self._folder, self._extra = folder, dict(extra)
+        self._best_loss = math.inf
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest validation loss."""
+        return self._folder / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self._folder / "last.ckpt"
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what makes a checkpoint stand alone."""
+        checkpoint["elman"] = self._extra
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the newest, and the best where it is one. A loss that is no number is never the best."""
+        assert isinstance(pl_module, LanguageModeling)
+        if pl_module.validation is None or trainer.sanity_checking:
+            return
+        if not math.isfinite(pl_module.validation.loss):
+            return
+        self.save(trainer, pl_module, self.last)
+        if pl_module.validation.loss < self._best_loss:
+            self._best_loss = pl_module.validation.loss
+            self.save(trainer, pl_module, self.best)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A stopped training keeps the state it was stopped in."""
+        if isinstance(exception, StoppedError | KeyboardInterrupt):
+            assert isinstance(pl_module, LanguageModeling)
+            self.save(trainer, pl_module, self.last)
+
+    def save(self, trainer: L.Trainer, task: LanguageModeling, path: Path) -> None:
+        """Write beside, then rename: a reader never sees half a file."""
+        partial = path.with_suffix(".partial")
+        with task.raw_weights():
+            trainer.save_checkpoint(partial)
+        partial.replace(path)
+
+
+class Samples(L.Callback):
+    """Writes a sample after every validation, so that one can watch the model learn.
+
+    Args:
+        write: Makes the text of a sample.
+        record: Takes the whole growing text.
+    """
+
+    def __init__(self, write: Callable[[], str], record: Callable[[str], None]) -> None:
+        self._write, self._record = write, record
+        self._text = ""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write and record one."""
+        assert isinstance(pl_module, LanguageModeling)
+        if trainer.sanity_checking or pl_module.validation is None or not math.isfinite(pl_module.validation.loss):
+            return
+        bits = pl_module.bits.bits_per_byte(pl_module.validation.loss)
+        title = f"step {trainer.global_step}, epoch {trainer.current_epoch + 1}: {bits:.3f} bits per byte"
+        self._text += f"=== {title} ===\n{self._write()}\n\n"
+        self._record(self._text)

@@ -1,0 +1,281 @@
+"""One experiment from its configuration to its record: the only place that puts the parts together."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elman.config.schema import ExperimentConfig, GenerationConfig
+from elman.config.tree import flatten
+from elman.data.datamodule import CorpusData, evaluation_loader
+from elman.models.count import count_parameters
+from elman.models.language_model import LanguageModel, build_model
+from elman.tasks.generation import TextGenerator
+from elman.tasks.language_modeling import LanguageModeling, evaluate
+from elman.tasks.precision import Precision, resolve_device, resolve_precision
+from elman.text.prepare import prepare
+from elman.text.prepared import PreparedCorpus, PreparedSplit
+from elman.text.tokenizer import Tokenizer
+from elman.tracking.environment import SystemMetrics, code_state, environment
+from elman.tracking.logger import RunLogger
+from elman.tracking.plots import loss_curves
+from elman.tracking.registry import register
+from elman.tracking.store import Run, RunStore, local_root, without_password
+from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
+from elman.training.export import log_model
+from elman.training.loading import checkpoint_extra, model_weights, read_checkpoint
+from elman.training.progress import Reporter, Silence
+from elman.training.trainer import build_trainer, seed_everything, set_threads
+
+SAMPLE_CHARACTERS = 400
+"""Length of the text that a training ends with."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training came to.
+
+    Attributes:
+        metrics: The best checkpoint's, by their names in MLflow.
+        tokens_per_second: Over the training alone, validation not counted.
+        seconds: Wall time of the whole training, with validation.
+        sample: Text that the best model wrote.
+    """
+
+    run_id: str
+    name: str
+    metrics: dict[str, float]
+    parameters: dict[str, int]
+    tokens_per_second: float
+    seconds: float
+    sample: str
+    model_uri: str
+    ended_by: str
+    registered: str | None
+
+
+def build_language_model(config: ExperimentConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """The network for a configuration and a vocabulary, its weights drawn from the configuration's seed."""
+    seed_everything(config.seed)
+    return build_model(
+        config.model,
+        vocabulary_size=tokenizer.vocabulary_size,
+        num_inputs=tokenizer.num_inputs,
+        start_id=tokenizer.start_id,
+        context_length=config.data.sequence_length,
+    )
+
+
+def run_name(config: ExperimentConfig, model: LanguageModel) -> str:
+    """A name that tells runs apart at a glance."""
+    shape = model.architecture["config"]
+    return f"{config.name}-{config.model.cell}-{shape['num_layers']}x{shape['hidden_size']}-{config.corpus.level}"
+
+
+def write_sample(generator: TextGenerator, prompt: str, characters: int, seed: int) -> str:
+    """Text of about so many characters, the prompt included."""
+    text = prompt
+    settings = GenerationConfig(length=characters, seed=seed)
+    for [piece] in generator.stream(prompt, settings, "skip"):
+        text += piece
+        if len(text) >= characters:
+            break
+    return text[:characters]
+
+
+def run_experiment(
+    config: ExperimentConfig, store: RunStore | None = None, reporter: Reporter | None = None
+) -> RunResult:
+    """Train, test and record one configuration.
+
+    Raises:
+        ElmanError: The configuration or the corpus cannot be used; nothing has been recorded.
+        DivergenceError: The loss became NaN or infinite; the run is FAILED, its checkpoints kept.
+        StoppedError: The user stopped it; the run is KILLED, its newest checkpoint kept.
+    """
+    reporter = reporter or Silence()
+    set_threads(config.trainer.threads)
+    device = resolve_device(config.trainer.device)
+    precision = resolve_precision(config.trainer.precision, device)
+    corpus = prepare(config.corpus, progress=reporter.stage)
+    data = CorpusData(corpus, config.data, config.seed)
+    model = build_language_model(config, corpus.tokenizer)
+    _announce(reporter, config, corpus, model, device, precision)
+    if config.trainer.sample_length:
+        TextGenerator(model, corpus.tokenizer).encode(config.trainer.sample_prompt)
+    store = store or RunStore(config.tracking)
+    with StopSignals() as signals, store.start_run(config, run_name(config, model), _tags(config, corpus, precision)) as run:
+        reporter.note(f"run {run.id} ({run.name})")
+        record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
+        folder = local_root() / "checkpoints" / run.id
+        with record, _kept_checkpoints(run, folder):
+            _record_inputs(run, corpus)
+            try:
+                return _train(config, run, corpus, data, model, reporter, signals, folder, device, precision)
+            finally:
+                reporter.close()
+
+
+def _train(
+    config: ExperimentConfig,
+    run: Run,
+    corpus: PreparedCorpus,
+    data: CorpusData,
+    model: LanguageModel,
+    reporter: Reporter,
+    signals: StopSignals,
+    folder: Path,
+    device: torch.device,
+    precision: Precision,
+) -> RunResult:
+    generator = TextGenerator(model, corpus.tokenizer)
+    validation, train = corpus.splits["validation"], corpus.splits["train"]
+    assert isinstance(validation, PreparedSplit)
+    task = LanguageModeling(
+        model,
+        config.optimizer,
+        bits=validation,
+        sequence_length=config.data.sequence_length,
+        scale_lr=config.data.variable_length,
+    )
+    limits = Limits(config.trainer, signals)
+    recorder = Recorder(config.trainer, limits, reporter, train if isinstance(train, PreparedSplit) else None)
+    checkpoints = Checkpoints(folder, checkpoint_extra(model, corpus.tokenizer, flatten(config), corpus.digest))
+    callbacks = [limits, recorder, checkpoints]
+    if config.trainer.sample_length:
+        def write() -> str:
+            return write_sample(generator, config.trainer.sample_prompt, config.trainer.sample_length, config.seed)
+
+        callbacks.append(Samples(write, lambda text: run.log_text("samples.txt", text)))
+    trainer = build_trainer(
+        config.trainer,
+        device=device,
+        precision=precision,
+        logger=RunLogger(run.metrics, run.name, run.id),
+        callbacks=callbacks,
+    )
+    trainer.fit(task, datamodule=data)
+    seconds = limits.seconds
+
+    reporter.stage("testing the best checkpoint")
+    model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
+    metrics = score_splits(model, corpus, config, device, precision)
+    run.metrics.add({key: value for key, value in metrics.items() if key.startswith("test/")}, trainer.global_step)
+    model.cpu()
+    sample = write_sample(generator, config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed)
+    speed = recorder.tokens / max(recorder.seconds, 1e-9)
+    run.metrics.add(
+        {"best/" + key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/")}
+        | {"training/seconds": seconds, "training/tokens_per_second": speed},
+        trainer.global_step,
+    )
+    reporter.stage("recording the model")
+    run.metrics.flush()
+    run.log_figure("loss_curves.png", _figure(run))
+    uri = log_model(run, model, corpus.tokenizer, config)
+    registered = None
+    if config.tracking.register is not None:
+        bits = metrics.get("test/bits_per_byte", metrics["val/bits_per_byte"])
+        version, is_champion = register(run, uri, config.tracking.register, bits_per_byte=bits, digest=corpus.digest)
+        registered = f"models:/{config.tracking.register}/{version}" + (" (champion)" if is_champion else "")
+    run.set_tags({"ended_by": limits.reason})
+    return RunResult(
+        run_id=run.id,
+        name=run.name,
+        metrics=metrics,
+        parameters=count_parameters(model),
+        tokens_per_second=speed,
+        seconds=seconds,
+        sample=sample,
+        model_uri=uri,
+        ended_by=limits.reason,
+        registered=registered,
+    )
+
+
+def score_splits(
+    model: LanguageModel, corpus: PreparedCorpus, config: ExperimentConfig, device: torch.device, precision: Precision
+) -> dict[str, float]:
+    """The model's figures on the validation split and, where there is one, the test split."""
+    metrics: dict[str, float] = {}
+    for name, prefix in (("validation", "val"), ("test", "test")):
+        split = corpus.splits.get(name)
+        if isinstance(split, PreparedSplit):
+            windows = evaluation_loader(split, config.data, corpus.tokenizer.start_id)
+            metrics |= evaluate(model, windows, device, precision).metrics(prefix, split)
+    return metrics
+
+
+@contextmanager
+def _kept_checkpoints(run: Run, folder: Path) -> Iterator[None]:
+    """Hand the checkpoints over to the run however the training ends, and leave no second copy."""
+    try:
+        yield
+    finally:
+        kept = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
+        for path in kept:
+            run.log_file(path, "checkpoints")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _figure(run: Run) -> object:
+    history = run.store.history
+    curves = history(run.id, "train/bits_per_byte"), history(run.id, "val/bits_per_byte")
+    return loss_curves({run.name: curves})
+
+
+def _tags(config: ExperimentConfig, corpus: PreparedCorpus, precision: Precision) -> dict[str, str]:
+    commit, diff = code_state()
+    tags = {"corpus.digest": corpus.digest, "precision": precision, "tokenizer.fingerprint": corpus.tokenizer.fingerprint}
+    if commit is not None:
+        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(diff)).lower()}
+    return tags
+
+
+def _record_inputs(run: Run, corpus: PreparedCorpus) -> None:
+    run.log_text("tokenizer.json", corpus.tokenizer.to_json())
+    run.log_json("environment.json", environment())
+    _, diff = code_state()
+    if diff:
+        run.log_text("git.diff", without_password(diff))
+    run.log_dataset(
+        name=corpus.name, digest=corpus.digest, source=corpus.source,
+        splits={name: _sizes(split) for name, split in corpus.splits.items()},
+    )  # fmt: skip
+
+
+def _sizes(split: object) -> Mapping[str, object]:
+    if not isinstance(split, PreparedSplit):
+        return {"streamed": True}
+    return {"tokens": split.tokens, "characters": split.characters, "bytes": split.bytes,
+            "unknown_tokens": split.unknown_tokens}  # fmt: skip
+
+
+def _announce(
+    reporter: Reporter,
+    config: ExperimentConfig,
+    corpus: PreparedCorpus,
+    model: LanguageModel,
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    train = corpus.splits["train"]
+    size = f"{train.tokens:,} training tokens" if isinstance(train, PreparedSplit) else "streamed"
+    reporter.note(f"corpus {corpus.name}: {size}, {corpus.tokenizer.vocabulary_size:,} {config.corpus.level} symbols")
+    for warning in corpus.warnings:
+        reporter.note(f"warning: {warning}")
+    parameters = count_parameters(model)["total"]
+    shape = model.architecture["config"]
+    reporter.note(
+        f"model {config.model.cell}, {shape['num_layers']} × {shape['hidden_size']} hidden units, {parameters:,} parameters"
+    )
+    why = ""
+    if config.trainer.precision == "auto":
+        why = " (this hardware multiplies bfloat16)" if precision == "bf16" else " (this hardware has no bfloat16 multiplier)"
+    reporter.note(f"on {device.type} with {torch.get_num_threads()} threads, in {precision}{why}")

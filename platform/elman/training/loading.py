@@ -1,0 +1,172 @@
+"""From a MODEL argument to a model and its tokenizer.
+
+A MODEL is a run id, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a path: of a
+checkpoint, or of a folder with weights.safetensors, architecture.json and tokenizer.json.
+Nothing loaded here can run code: checkpoints load with weights_only, weights are
+safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from elman.config.load import from_flat
+from elman.config.schema import ExperimentConfig
+from elman.errors import ElmanError, ModelError
+from elman.models.language_model import LanguageModel
+from elman.text.tokenizer import Tokenizer
+from elman.tracking.store import RunStore
+
+FORMAT = 1
+MODEL_FILES = ("weights.safetensors", "architecture.json", "tokenizer.json", "config.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use, and where it came from."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: ExperimentConfig
+    source: str
+
+
+def checkpoint_extra(model: LanguageModel, tokenizer: Tokenizer, config: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    """What a checkpoint holds beside Lightning's own: plain values, so that it loads without code."""
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    return {
+        "format": FORMAT,
+        "architecture": model.architecture,
+        "tokenizer": tokenizer.to_json(),
+        "config": settings,
+        "corpus_digest": digest,
+    }
+
+
+def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights to use: averaged ones where the optimizer averages, else the newest."""
+    if checkpoint.get("averaged") is not None:
+        return dict(checkpoint["averaged"])
+    return {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours.
+
+    Raises:
+        ModelError: It is missing, truncated, damaged, or not one of ours.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch itself would load a flipped bit without a word
+            if damaged:
+                raise ModelError(f"{path} is damaged (at {damaged}): use another checkpoint.")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}).") from None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError):
+        raise ModelError(f"{path} is no checkpoint, or a damaged one: give a .ckpt that elman wrote.") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("elman"), dict):
+        raise ModelError(f"{path} is not a checkpoint of elman: give a .ckpt that elman wrote.")
+    return checkpoint
+
+
+def from_checkpoint(path: Path) -> LoadedModel:
+    """The model in a checkpoint.
+
+    Raises:
+        ModelError: See read_checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    extra = checkpoint["elman"]
+    try:
+        model = LanguageModel.from_architecture(extra["architecture"])
+        model.load_state_dict(model_weights(checkpoint))
+        return LoadedModel(
+            model.eval(), Tokenizer.from_json(extra["tokenizer"]), from_flat(extra["config"]), str(path)
+        )
+    except (KeyError, RuntimeError, TypeError, ElmanError) as error:
+        raise ModelError(f"{path} does not hold the model it describes ({str(error).splitlines()[0]}).") from None
+
+
+def from_folder(folder: Path) -> LoadedModel:
+    """The model in a folder of weights.safetensors, architecture.json, tokenizer.json and config.json.
+
+    Raises:
+        ModelError: A file is missing or damaged.
+    """
+    try:
+        model = LanguageModel.from_architecture(json.loads((folder / "architecture.json").read_text("utf-8")))
+        weights = load_file(folder / "weights.safetensors")
+        # Tied tensors are stored once.
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=True)}
+        if unexpected or set(missing) & tied:
+            raise ModelError(f"{folder} holds weights of another architecture.")
+        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text("utf-8"))
+        config = from_flat(json.loads((folder / "config.json").read_text("utf-8")))
+    except OSError as error:
+        raise ModelError(f"{folder} is no saved model ({error.strerror}: {error.filename}).") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{folder} holds a damaged model ({str(error).splitlines()[0]}).") from None
+    return LoadedModel(model.eval(), tokenizer, config, str(folder))
+
+
+def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
+    """The model that a MODEL argument names.
+
+    Args:
+        reference: See the module's docstring.
+        store: Where to look for runs and registered models; None opens the default one when it is needed.
+
+    Raises:
+        ModelError: There is none, or it does not load.
+        TrackingError: There is no such run.
+    """
+    path = Path(reference)
+    if not reference.startswith("models:/") and path.exists():
+        return from_folder(path) if path.is_dir() else from_checkpoint(path)
+    if "/" in reference and not reference.startswith("models:/") or path.suffix == ".ckpt":
+        raise ModelError(f"{reference} does not exist: give a run id, models:/NAME@ALIAS, or a checkpoint's path.")
+    store = store or RunStore()
+    with tempfile.TemporaryDirectory() as folder:
+        if reference.startswith("models:/"):
+            loaded = from_folder(_download_model(reference, Path(folder), store))
+        else:
+            run = store.find_run(reference)
+            loaded = from_checkpoint(store.download(run.id, "checkpoints/best.ckpt", Path(folder)))
+    return LoadedModel(loaded.model, loaded.tokenizer, loaded.config, reference)
+
+
+def _download_model(reference: str, into: Path, store: RunStore) -> Path:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.set_registry_uri(store.uri)
+        root = Path(mlflow.artifacts.download_artifacts(reference, dst_path=str(into), tracking_uri=store.uri))
+    except MlflowException as error:
+        raise ModelError(
+            f"There is no model {reference} ({str(error).splitlines()[0][:150]}): register one with --tracking.register."
+        ) from None
+    found = next(root.rglob("weights.safetensors"), None)
+    if found is None:
+        raise ModelError(f"{reference} is not a model of elman.")
+    return found.parent
+
+
+def needs_store(reference: str) -> bool:
+    """Whether a MODEL argument is looked up in the tracking store, not on the disk."""
+    return reference.startswith("models:/") or not (Path(reference).exists() or "/" in reference)
