@@ -113,7 +113,7 @@ def test_what_unk_hides_is_charged_and_a_literal_unk_is_not() -> None:
 
 
 def test_the_spelling_model_is_a_distribution() -> None:
-    spelling = SpellingModel.from_counts(Counter("hello wörld".split()))
+    spelling = SpellingModel.from_counts(Counter(["hello", "wörld"]))
     assert np.exp2(-spelling.bits_of_sign).sum() == pytest.approx(1)
 
 
@@ -124,7 +124,10 @@ def test_unknown_characters_are_charged() -> None:
     assert facts.unknown_bits == pytest.approx(2 * np.log2(263) + np.log2(263 / 4))
 
 
-@given(text=st.text("aé€😀"), size=st.integers(1, 5), border=st.integers(0, 40), unit=st.sampled_from(["characters", "bytes"]))
+units = st.sampled_from(["characters", "bytes"])
+
+
+@given(text=st.text("aé€😀"), size=st.integers(1, 5), border=st.integers(0, 40), unit=units)
 def test_two_ranges_make_the_whole(text: str, size: int, border: int, unit) -> None:
     base = in_blocks(text, size)
     parts = [RangeStream(base, 0, border, unit), RangeStream(base, border, None, unit)]

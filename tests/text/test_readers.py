@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_nul_byte_is_refused_with_its_offset(tmp_path) -> None:
 
 
 def test_gzip_is_read_and_damage_is_told(tmp_path) -> None:
-    whole = gzip.compress("some text\n".encode() * 1000)
+    whole = gzip.compress(b"some text\n" * 1000)
     assert text_of(write(tmp_path / "a.txt.gz", whole)) == "some text\n" * 1000
     with pytest.raises(DataError, match="damaged or cut short"):
         text_of(write(tmp_path / "b.txt.gz", whole[:-20]))
@@ -101,7 +102,7 @@ def test_another_column_can_be_named(tmp_path) -> None:
 @given(text=st.text("ab|"), cuts=st.lists(st.integers(0, 20)), separator=st.sampled_from(["|", "||", "ab|"]))
 def test_documents_end_with_their_separator_wherever_blocks_end(text: str, cuts: list[int], separator: str) -> None:
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    blocks = [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    blocks = [text[a:b] for a, b in pairwise(borders)]
     documents: list[str] = []
     for part, starts in _documents(blocks, separator):
         documents.append("")

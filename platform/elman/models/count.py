@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from elman.config.schema import ModelConfig
 from elman.errors import ConfigError
 
+if TYPE_CHECKING:
+    from elman.models.language_model import LanguageModel  # which solves its size here
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a LanguageModel by part, and in total.
+
+def count_parameters(model: LanguageModel) -> dict[str, int]:
+    """Parameters of a model by part, and in total.
 
     The parts are embedding, recurrent (blocks for the transformer), projection (what changes
     widths between the others) and output. Tied weights count once, as embedding.
     """
-    config = model.config
-    assert isinstance(config, ModelConfig)
-    body = "blocks" if config.cell == "transformer" else "recurrent"
+    body = "blocks" if model.config.cell == "transformer" else "recurrent"
     counts = {"embedding": 0, body: 0, "projection": 0, "output": 0}
     part_of = {
         "embedding": "embedding",

@@ -35,14 +35,15 @@ class ResetBeforeGRU(nn.Module):
 
 
 def _lstm_window(x_BTI: Tensor, state: LayerState, weights: Weights, training: bool) -> tuple[Tensor, LayerState]:
-    carry = [part.unsqueeze(0) for part in state]
+    carry = [part.unsqueeze(0).contiguous() for part in state]  # cuDNN takes no expanded rows
     out_BTH, h_1BH, c_1BH = torch.lstm(x_BTI, carry, weights, True, 1, 0.0, training, False, True)
     return out_BTH, (h_1BH[0], c_1BH[0])
 
 
 def _single_state_window(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Window:
     def window(x_BTI: Tensor, state: LayerState, weights: Weights, training: bool) -> tuple[Tensor, LayerState]:
-        out_BTH, h_1BH = kernel(x_BTI, state[0].unsqueeze(0), weights, True, 1, 0.0, training, False, True)
+        carry = state[0].unsqueeze(0).contiguous()
+        out_BTH, h_1BH = kernel(x_BTI, carry, weights, True, 1, 0.0, training, False, True)
         return out_BTH, (h_1BH[0],)
 
     return window

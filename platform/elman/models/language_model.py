@@ -16,7 +16,12 @@ from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.errors import ModelError
 from elman.models.count import count_parameters, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
-from elman.models.initialization import initialize_embedding, initialize_linear, initialize_output
+from elman.models.initialization import (
+    embedding_std,
+    initialize_embedding,
+    initialize_linear,
+    initialize_output,
+)
 from elman.models.recurrent import RecurrentStack
 from elman.models.state import State, expand, replace_rows
 from elman.models.transformer import TransformerStack
@@ -66,7 +71,6 @@ class LanguageModel(nn.Module):
 
         rows = torch.empty(num_inputs, config.embedding_size)  # nn.Embedding's own draws would be lost
         self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
-        initialize_embedding(self.embedding.weight, start_id=start_id, vocabulary_size=vocabulary_size)
         self.word_dropout = WordDropout(config.dropout_at("embedding"), variational="embedding" in config.variational)
         self.input_dropout = Dropout(config.dropout_at("input"), variational="input" in config.variational)
         self.input_projection: nn.Linear | None = None
@@ -88,8 +92,15 @@ class LanguageModel(nn.Module):
             initialize_output(self.output_weight)
         elif self.body.output_size != config.embedding_size:
             self.projection = nn.Linear(self.body.output_size, config.embedding_size, bias=False)
-            initialize_linear(self.projection)
+            # The embedding that it leads to is of unit variance: the logits should begin below one.
+            initialize_linear(self.projection, gain=config.embedding_size**-0.5)
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        std = embedding_std(
+            config.embedding_size,
+            is_output=config.tie_weights and self.projection is None,
+            normalized=config.cell == "transformer",
+        )
+        initialize_embedding(self.embedding.weight, std=std, start_id=start_id, vocabulary_size=vocabulary_size)
 
     @property
     def architecture(self) -> dict[str, Any]:

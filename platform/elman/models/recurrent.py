@@ -56,7 +56,7 @@ class RecurrentLayer(nn.Module):
         if self.training and self.weight_dropout:
             weights[1] = drop_weight(weights[1], self.weight_dropout)
         if _autocast_without_hardware(x_BTI):
-            # oneDNN's LSTM refuses bfloat16 on a processor that does not multiply in it.
+            # Where the processor does not multiply in bfloat16, oneDNN's LSTM refuses it and the others crawl.
             with torch.autocast("cpu", enabled=False):
                 return self._run(x_BTI.float(), state, weights)
         return self._run(x_BTI, state, weights)

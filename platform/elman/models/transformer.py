@@ -93,7 +93,9 @@ class TransformerBlock(nn.Module):
         for layer in (self.queries_keys_values, self.widen):
             initialize_linear(layer)
         for layer in (self.attended, self.narrow):
-            initialize_linear(layer, depth=config.num_layers)
+            # What writes to the residual stream is scaled, so that its variance does not grow with
+            # depth: Radford et al. (2019), Language Models are Unsupervised Multitask Learners, 2.3.
+            initialize_linear(layer, gain=(2 * config.num_layers) ** -0.5)
 
     def forward(
         self, x_BTH: Tensor, cache: tuple[Tensor, ...], mask_BNTK: Tensor, rotation: tuple[Tensor, Tensor]

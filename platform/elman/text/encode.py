@@ -79,7 +79,7 @@ def encode_stream(stream: Stream, tokenizer: Tokenizer, spelling: SpellingModel 
                   advance: Advance, *, hash_documents: bool) -> EncodedText:
     """Write the tokens of a text to ``sink``, little-endian, in the tokenizer's ``dtype``."""
     encoded = EncodedText()
-    counter = _SymbolCounter(tokenizer, spelling)
+    counter = _SymbolCounter(tokenizer)
     hasher = _DocumentHasher(encoded.hashes)
     for batch in recut(stream.batches(), tokenizer.level):
         texts = [text for text, _ in batch]
@@ -93,9 +93,8 @@ def encode_stream(stream: Stream, tokenizer: Tokenizer, spelling: SpellingModel 
         advance(sum(map(len, texts)))
     hasher.end()
     encoded.unknown_types = len(counter.hidden)
-    encoded.unknown_bits = sum(
-        times * spelling.bits(symbol) for symbol, times in counter.hidden.items() if spelling is not None
-    )
+    if spelling is not None:
+        encoded.unknown_bits = sum((times * spelling.bits(symbol) for symbol, times in counter.hidden.items()), 0.0)
     encoded.unknown_tokens = sum(counter.hidden.values())
     if encoded.document_starts and encoded.document_starts[-1] >= encoded.tokens:
         encoded.document_starts.pop()
@@ -178,9 +177,8 @@ def _count_characters(texts: Iterable[str]) -> dict[str, int]:
 class _SymbolCounter:
     """Encodes texts and counts their characters, bytes and hidden symbols."""
 
-    def __init__(self, tokenizer: Tokenizer, spelling: SpellingModel | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.spelling = spelling
         self.hidden: Counter[str] = Counter()
         self._after_word = False
 

@@ -65,9 +65,10 @@ def prepare(config: CorpusConfig, cache: Path | None = None, progress: Progress 
                 if not _is_whole(target):
                     _make(target, config, corpus, progress)
         except OSError as error:
+            place = str(error.filename or folder)
+            setting = "ELMAN_CACHE" if place.startswith(str(folder.parent)) else "HF_HOME"  # `datasets` keeps its own
             raise DataError(
-                f"{folder}: the prepared corpus cannot be written: {error.strerror or error}. Set ELMAN_CACHE to a "
-                "directory with room."
+                f"{place}: the cache cannot be written: {error.strerror or error}. Set {setting} to a directory with room."
             ) from error
     return _load(target, corpus, config)
 

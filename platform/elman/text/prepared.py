@@ -87,11 +87,14 @@ class StreamedSplit:
 
     def pieces(self) -> Iterator[TokenPiece]:
         """The tokens piece by piece, from the start of the text at each call."""
+        begins = False  # a document may begin with a piece of mere white space, which has no words
         for batch in recut(self.stream.batches(), self.tokenizer.level):
             arrays = self.tokenizer.encode_batch([text for text, _ in batch])
             for (_, starts), ids in zip(batch, arrays, strict=True):
+                begins = begins or starts
                 if len(ids):
-                    yield TokenPiece(ids, starts)
+                    yield TokenPiece(ids, begins)
+                    begins = False
 
 
 @dataclass(frozen=True, kw_only=True)

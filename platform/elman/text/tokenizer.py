@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -92,11 +91,10 @@ class Tokenizer:
     Source: byte-level BPE after Sennrich et al. (2016), arXiv:1508.07909, and Radford et al. (2019).
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, text: str | None = None) -> None:
         self._inner = inner
-        self._json = inner.to_str(pretty=True)
-        facts = json.loads(self._json)
-        self.level: Level = _level_of(facts)
+        self._json = text or inner.to_str(pretty=True)
+        self.level: Level = _level_of(inner)
         self._ids: dict[str, int] = inner.get_vocab(with_added_tokens=False)
         self._tokens = sorted(self._ids, key=self._ids.__getitem__)
         self.vocabulary_size = len(self._tokens)
@@ -168,7 +166,7 @@ class Tokenizer:
             DataError: If it is no tokenizer of ours.
         """
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            return cls(tokenizers.Tokenizer.from_str(text), text)
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -316,19 +314,20 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes[token])
 
 
-def _level_of(facts: dict[str, Any]) -> Level:
-    """Level of a tokenizer.json, from the way that it cuts text."""
-    splitter, model = facts.get("pre_tokenizer") or {}, facts.get("model") or {}
-    match model.get("type"), splitter.get("type"), splitter.get("use_regex", splitter.get("behavior")):
-        case "BPE", "ByteLevel", False:
+def _level_of(inner: tokenizers.Tokenizer) -> Level:
+    """Level of a tokenizer, from the way that it cuts text."""
+    splitter, model = inner.pre_tokenizer, inner.model
+    match model, splitter, getattr(splitter, "use_regex", getattr(splitter, "behavior", None)):
+        case models.BPE(), pre_tokenizers.ByteLevel(), False:
             return "byte"
-        case "BPE", "ByteLevel", True:
+        case models.BPE(), pre_tokenizers.ByteLevel(), True:
             return "bpe"
-        case "WordLevel", "Split", "Isolated":
+        case models.WordLevel(), pre_tokenizers.Split(), "isolated":
             return "character"
-        case "WordLevel", "Split", "Removed":
+        case models.WordLevel(), pre_tokenizers.Split(), "removed":
             return "word"
-    raise DataError(f"A tokenizer of elman was expected, this one is {model.get('type')} over {splitter.get('type')}.")
+    found = f"{type(model).__name__} over {type(splitter).__name__}"
+    raise DataError(f"This is no tokenizer.json of elman, but {found}.")
 
 
 def _ranked(counts: Mapping[str, int], specials: list[str], vocabulary_size: int | None, min_count: int,

@@ -21,6 +21,7 @@ from elman.config.load import dump_yaml
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten, signature
 from elman.errors import TrackingError
+from elman.tracking.buffer import MetricBuffer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -167,10 +168,11 @@ class RunStore:
         """
         from mlflow.entities import Param
 
+        experiment_id = self.experiment_id()
         created = self.client.create_run(
-            self.experiment_id(), run_name=name, tags={**tags, "config.signature": signature(config)}
+            experiment_id, run_name=name, tags={**tags, "config.signature": signature(config)}
         )
-        run = Run(self, created.info.run_id, name)
+        run = Run(self, created.info.run_id, experiment_id, name)
         status = "FAILED"
         try:
             shown = {key: without_password(_as_text(value)) for key, value in flatten(config).items()}
@@ -272,10 +274,8 @@ class RunStore:
 class Run:
     """A run that is being written."""
 
-    def __init__(self, store: RunStore, run_id: str, name: str) -> None:
-        from elman.tracking.buffer import MetricBuffer
-
-        self.store, self.id, self.name = store, run_id, name
+    def __init__(self, store: RunStore, run_id: str, experiment_id: str, name: str) -> None:
+        self.store, self.id, self.experiment_id, self.name = store, run_id, experiment_id, name
         self.metrics = MetricBuffer(store.client, run_id)
 
     def flush(self) -> None:

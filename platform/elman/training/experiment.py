@@ -178,7 +178,7 @@ def _train(
     reporter.stage("recording the model")
     run.metrics.flush()
     run.log_figure("loss_curves.png", _figure(run))
-    uri = log_model(run, model, corpus.tokenizer, config)
+    uri = log_model(run, model, corpus.tokenizer, config, example=sample[:20])
     registered = None
     if config.tracking.register is not None:
         bits = metrics.get("test/bits_per_byte", metrics["val/bits_per_byte"])

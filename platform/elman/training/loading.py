@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from elman.config.load import from_flat
 from elman.config.schema import ExperimentConfig
-from elman.errors import ElmanError, ModelError
+from elman.errors import ElmanError, ModelError, TrackingError
 from elman.models.language_model import LanguageModel
+from elman.tasks.pyfunc import load_files
 from elman.text.tokenizer import Tokenizer
+from elman.tracking.models import download_model
 from elman.tracking.store import RunStore
 
 FORMAT = 1
-MODEL_FILES = ("weights.safetensors", "architecture.json", "tokenizer.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,13 @@ def from_folder(folder: Path) -> LoadedModel:
         ModelError: A file is missing or damaged.
     """
     try:
-        model = LanguageModel.from_architecture(json.loads((folder / "architecture.json").read_text("utf-8")))
-        weights = load_file(folder / "weights.safetensors")
-        # Tied tensors are stored once.
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=True)}
-        if unexpected or set(missing) & tied:
-            raise ModelError(f"{folder} holds weights of another architecture.")
-        tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text("utf-8"))
+        model, tokenizer = load_files(folder)
         config = from_flat(json.loads((folder / "config.json").read_text("utf-8")))
     except OSError as error:
         raise ModelError(f"{folder} is no saved model ({error.strerror}: {error.filename}).") from None
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder} holds a damaged model ({str(error).splitlines()[0]}).") from None
-    return LoadedModel(model.eval(), tokenizer, config, str(folder))
+    return LoadedModel(model, tokenizer, config, str(folder))
 
 
 def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
@@ -143,30 +136,28 @@ def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
     store = store or RunStore()
     with tempfile.TemporaryDirectory() as folder:
         if reference.startswith("models:/"):
-            loaded = from_folder(_download_model(reference, Path(folder), store))
+            root = download_model(store, reference, Path(folder))
+            found = next(root.rglob("weights.safetensors"), None)
+            if found is None:
+                raise ModelError(f"{reference} is not a model of elman.")
+            loaded = from_folder(found.parent)
         else:
             run = store.find_run(reference)
-            loaded = from_checkpoint(store.download(run.id, "checkpoints/best.ckpt", Path(folder)))
+            loaded = from_checkpoint(_run_checkpoint(store, run.id, Path(folder)))
     return LoadedModel(loaded.model, loaded.tokenizer, loaded.config, reference)
-
-
-def _download_model(reference: str, into: Path, store: RunStore) -> Path:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        mlflow.set_registry_uri(store.uri)
-        root = Path(mlflow.artifacts.download_artifacts(reference, dst_path=str(into), tracking_uri=store.uri))
-    except MlflowException as error:
-        raise ModelError(
-            f"There is no model {reference} ({str(error).splitlines()[0][:150]}): register one with --tracking.register."
-        ) from None
-    found = next(root.rglob("weights.safetensors"), None)
-    if found is None:
-        raise ModelError(f"{reference} is not a model of elman.")
-    return found.parent
 
 
 def needs_store(reference: str) -> bool:
     """Whether a MODEL argument is looked up in the tracking store, not on the disk."""
     return reference.startswith("models:/") or not (Path(reference).exists() or "/" in reference)
+
+
+def _run_checkpoint(store: RunStore, run_id: str, into: Path) -> Path:
+    """A run's best checkpoint; of one that was stopped before its first validation, the newest."""
+    try:
+        return store.download(run_id, "checkpoints/best.ckpt", into)
+    except TrackingError:
+        try:
+            return store.download(run_id, "checkpoints/last.ckpt", into)
+        except TrackingError:
+            raise ModelError(f"Run {run_id} holds no checkpoint: it ended before its first validation.") from None

@@ -1,0 +1,51 @@
+"""Shared fixtures: a tiny text, a tracking store in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import make_text
+
+from elman.config.schema import TrackingConfig
+
+@pytest.fixture(scope="session", autouse=True)
+def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The suite never touches the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELMAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text of about 20 kB."""
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(4000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made: making them takes seconds."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        from elman.tracking.store import RunStore
+
+        RunStore(TrackingConfig())
+    return folder / "mlruns" / "mlflow.db"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with an empty local store."""
+    folder = tmp_path / "work"
+    (folder / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_database, folder / "mlruns" / "mlflow.db")
+    monkeypatch.chdir(folder)
+    return folder

@@ -1,0 +1,47 @@
+"""Tiny texts and tiny configurations."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from elman.config.schema import ExperimentConfig
+from elman.config.tree import build
+
+SYLLABLES = ("ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "ve")
+
+
+def make_text(words: int, seed: int = 0) -> str:
+    """Sentences of made-up words with some structure to learn."""
+    draw = random.Random(seed)
+    lexicon = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(60)]
+    lines, line = [], []
+    for _ in range(words):
+        line.append(draw.choice(lexicon))
+        if len(line) > 7:
+            lines.append(" ".join(line) + ".")
+            line = []
+    return "\n".join([*lines, " ".join(line)]) + "\n"
+
+
+def tiny(corpus: Path | str, **settings: Any) -> ExperimentConfig:
+    """A configuration that trains in a second; dotted names have __ for the dot."""
+    flat: dict[str, Any] = {
+        "name": "tiny",
+        "corpus.name": str(corpus),
+        "corpus.validation_fraction": 0.1,
+        "corpus.test_fraction": 0.1,
+        "model.embedding_size": 8,
+        "model.hidden_size": 16,
+        "data.batch_size": 8,
+        "data.sequence_length": 16,
+        "trainer.max_epochs": None,
+        "trainer.max_steps": 20,
+        "trainer.threads": 1,
+        "trainer.sample_length": 20,
+        "trainer.log_every_steps": 1,
+        "tracking.system_metrics": False,
+    }
+    flat |= {name.replace("__", "."): value for name, value in settings.items()}
+    return build(ExperimentConfig, flat)

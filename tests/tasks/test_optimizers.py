@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from elman.config.schema import ModelConfig, OptimizerConfig
+from elman.models.language_model import build_model
+from elman.tasks.optimizers import NTASGD, build_optimizer, parameter_groups
+
+
+def model(**settings: Any) -> nn.Module:
+    config = ModelConfig(embedding_size=4, hidden_size=4, layer_norm=True, initial_state="learned", **settings)
+    return build_model(config, vocabulary_size=5, num_inputs=6, start_id=5, context_length=8)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_decay_spares_biases_norms_embeddings_and_initial_states(cell: Any, tied: bool) -> None:
+    network = model(cell=cell, tie_weights=tied)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, spared = [[names[id(p)] for p in group["params"]] for group in parameter_groups(network, 0.1)]
+    assert len(decayed) + len(spared) == len(names)
+    assert any("weight_hh" in name for name in decayed)
+    assert not [n for n in decayed if "bias" in n or "norm" in n or "embedding" in n or "initial" in n]
+    assert not [n for n in spared if "weight_hh" in n or "weight_ih" in n]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "nt_asgd"])
+def test_every_optimizer_learns(name: Any) -> None:
+    torch.manual_seed(0)
+    network = model(cell="gru")
+    momentum = 0.5 if name in ("sgd", "rmsprop", "nt_asgd") else 0.0
+    optimizer = build_optimizer(network, OptimizerConfig(name=name, lr=0.02, momentum=momentum, weight_decay=1e-4))
+    tokens = torch.randint(5, (4, 12))
+    losses = []
+    for _ in range(30):
+        logits, _ = network(tokens[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def asgd() -> tuple[NTASGD, nn.Parameter]:
+    weight = nn.Parameter(torch.zeros(2))
+    return NTASGD([weight], lr=1.0, interval=2), weight
+
+
+def step(optimizer: NTASGD, weight: nn.Parameter, gradient: float) -> None:
+    weight.grad = torch.full_like(weight, gradient)
+    optimizer.step()
+
+
+def test_averaging_starts_when_the_loss_beats_none_of_the_best_before_the_interval() -> None:
+    optimizer, _ = asgd()
+    states = []
+    for loss in (5.0, 4.0, 4.5, 4.6, 3.0, 4.2, 4.1):
+        optimizer.validated(loss)
+        states.append(optimizer.averaged_steps is not None)
+    # 4.6 beats 5.0, and 3.0 beats 4.0, the best before the last two; 4.2 does not beat 4.0.
+    assert states == [False] * 5 + [True] * 2
+
+
+def test_the_average_is_the_mean_of_the_weights_since_the_trigger() -> None:
+    optimizer, weight = asgd()
+    step(optimizer, weight, 7.0)
+    optimizer.averaged_steps = 0
+    seen = []
+    for gradient in (1.0, 2.0, 4.0):
+        step(optimizer, weight, gradient)
+        seen.append(weight.detach().clone())
+    assert optimizer.swap()
+    assert torch.allclose(weight, torch.stack(seen).mean(0))
+    assert optimizer.swap()
+    assert torch.equal(weight, seen[-1])
+
+
+def test_nothing_is_swapped_before_the_trigger() -> None:
+    optimizer, weight = asgd()
+    step(optimizer, weight, 1.0)
+    assert not optimizer.swap()
+
+
+def test_the_trigger_and_the_average_survive_a_checkpoint() -> None:
+    first, weight = asgd()
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        first.validated(loss)
+    step(first, weight, 1.0)
+    second, other = asgd()
+    with torch.no_grad():
+        other.copy_(weight)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    for optimizer, p in ((first, weight), (second, other)):
+        step(optimizer, p, 3.0)
+        optimizer.swap()
+    assert torch.equal(weight, other)
+    assert second.averaged_steps == first.averaged_steps == 2
