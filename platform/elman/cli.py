@@ -162,11 +162,16 @@ def evaluate(arguments: Sequence[str]) -> int:
     from elman.tracking.store import RunStore
     from elman.training.evaluation import evaluate_model
     from elman.training.loading import load_model, needs_store
+    from elman.training.progress import terminal_reporter
 
     changes = {key: value for key, value in given.items() if "." in key}
     tracking = flags.build(TrackingConfig, given, prefix="tracking.")
     loaded = load_model(values["model"], RunStore(tracking) if needs_store(values["model"]) else None)
-    metrics, tokens = evaluate_model(loaded, override(loaded.config, changes), values["split"])
+    reporter = terminal_reporter()
+    try:
+        metrics, tokens = evaluate_model(loaded, override(loaded.config, changes), values["split"], reporter)
+    finally:
+        reporter.close()
     if values["json"]:
         _print_json({"model": values["model"], "split": values["split"], "tokens": tokens, "metrics": metrics})
     else:

@@ -18,6 +18,8 @@ def initialize_embedding(weight_VE: Tensor, *, std: float, start_id: int, vocabu
     A layer learns fastest from inputs of unit variance (Le Cun et al. 1998, Efficient BackProp,
     section 4.3), which is torch.nn.Embedding's own choice too; see ``embedding_std``.
     """
+    if weight_VE.is_meta:
+        return  # there, normal_ has no effect but to import torch._dynamo, for seconds
     nn.init.normal_(weight_VE, std=std)
     if start_id >= vocabulary_size:
         nn.init.zeros_(weight_VE[start_id])

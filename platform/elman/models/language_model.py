@@ -30,9 +30,9 @@ from elman.models.transformer import TransformerStack
 class Features(NamedTuple):
     """What the layers made of a window, before it is scored."""
 
-    raw_BTH: Tensor  # noqa: N815
+    raw_BTH: Tensor
     """The last layer's output."""
-    dropped_BTH: Tensor  # noqa: N815
+    dropped_BTH: Tensor
     """The same after output dropout."""
     state: State
     """Carry for the next window, still attached."""

@@ -50,8 +50,9 @@ def filtered_probabilities(logits_BV: Tensor, config: GenerationConfig, seen_BV:
     Keskar et al. (2019), arXiv:1909.05858, section 4.1.
     """
     if seen_BV is not None and config.repetition_penalty != 1:
-        factor_BV = torch.where(logits_BV > 0, 1 / config.repetition_penalty, config.repetition_penalty)
-        logits_BV = torch.where(seen_BV, logits_BV * factor_BV, logits_BV)
+        penalty = config.repetition_penalty
+        penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if config.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(dim=1, keepdim=True), 1.0)
     # The largest logit goes to 0 first: a temperature near 0 must not overflow.

@@ -82,13 +82,19 @@ class TextGenerator:
         Raises:
             DataError: See encode.
         """
-        stoppers = [_Stopper(self.tokenizer.decoder(), config.stop) for _ in range(config.samples)]
         ids = self.encode(prompt, on_unknown)
+        stoppers = [self._stopper(ids, config) for _ in range(config.samples)]
         for tokens in generate(self.model, ids, config, forbidden=self._forbidden):
             yield [stopper.feed(int(token)) for stopper, token in zip(stoppers, tokens, strict=True)]
             if all(stopper.ended for stopper in stoppers):
                 break
         yield [stopper.flush() for stopper in stoppers]
+
+    def _stopper(self, prompt_ids: list[int], config: GenerationConfig) -> _Stopper:
+        decoder = self.tokenizer.decoder()
+        for token in prompt_ids:  # the text goes on: a word after a word begins with its space
+            decoder.feed(token)
+        return _Stopper(decoder, config.stop)
 
     def complete(self, prompt: str, config: GenerationConfig, on_unknown: OnUnknown = "refuse") -> list[str]:
         """Every sample whole, without the prompt."""
@@ -104,8 +110,9 @@ class TextGenerator:
     ) -> list[tuple[str, float]]:
         """The likeliest continuations, best first, each with its log-probability in nats."""
         found = []
-        for hypothesis in beam_search(self.model, self.encode(prompt, on_unknown), config, forbidden=self._forbidden):
-            stopper = _Stopper(self.tokenizer.decoder(), config.stop)
+        ids = self.encode(prompt, on_unknown)
+        for hypothesis in beam_search(self.model, ids, config, forbidden=self._forbidden):
+            stopper = self._stopper(ids, config)
             text = "".join(stopper.feed(int(i)) for i in hypothesis.ids) + stopper.flush()
             found.append((text, hypothesis.log_probability))
         return found

@@ -78,8 +78,13 @@ def unroll(model: LanguageModel, window: Windowed, state: State | None) -> tuple
 
 
 def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy summed over the targets, nats, in single precision."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+    """Cross-entropy summed over the targets, nats; in single precision where the logits are in half."""
+    logits_BTV = _at_least_single(logits_BTV)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def score_window(model: LanguageModel, window: Windowed, state: State | None, tally: Tally) -> State:
@@ -167,9 +172,9 @@ class LanguageModeling(L.LightningModule):
         self._check_finite(nats)
         loss = nats
         if self.config.activation_regularization:
-            loss = loss + self.config.activation_regularization * dropped.float().pow(2).mean()
+            loss = loss + self.config.activation_regularization * _at_least_single(dropped).pow(2).mean()
         if self.config.temporal_activation_regularization and raw.shape[1] > 1:
-            change = (raw[:, 1:] - raw[:, :-1]).float()
+            change = _at_least_single(raw[:, 1:] - raw[:, :-1])
             loss = loss + self.config.temporal_activation_regularization * change.pow(2).mean()
         return {"loss": loss, "nats": nats.detach(), "tokens": tokens}
 

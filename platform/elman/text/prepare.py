@@ -30,8 +30,10 @@ from elman.text.streams import RangeStream, Stream, count_characters
 from elman.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
+Vocabulary = tuple[Tokenizer, SpellingModel | None]
+"""A tokenizer, and what the symbols that it lacks cost to spell."""
 
-_FORMAT = 1
+_FORMAT = 2
 _COUNTS = ("tokens", "characters", "bytes", "unknown_tokens", "unknown_types", "unknown_bits")
 _NOT_IN_KEY = ("name", "validation_file", "test_file", "config", "split", "revision", "streaming_sample")
 
@@ -42,13 +44,19 @@ def default_cache() -> Path:
     return Path(own) if own else Path(users or "~/.cache").expanduser() / "elman"
 
 
-def prepare(config: CorpusConfig, cache: Path | None = None, progress: Progress | None = None) -> PreparedCorpus:
+def prepare(
+    config: CorpusConfig,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> PreparedCorpus:
     """Tokens of a corpus, from the cache or made now.
 
     Args:
         config: Which corpus, and how it is cut into splits and tokens.
         cache: Directory of the cache; None takes ``default_cache()``.
         progress: Told the stage and how much of it is done, from 0 to 1.
+        vocabulary: A trained model's, to score it on this text; None learns one from the training split.
 
     Raises:
         DataError: If the corpus cannot be used as it is, or the cache cannot be written.
@@ -56,28 +64,30 @@ def prepare(config: CorpusConfig, cache: Path | None = None, progress: Progress 
     """
     corpus = open_corpus(config)
     folder = (cache or default_cache()).expanduser().absolute() / "corpora"
-    target = folder / _key(config, corpus)
+    target = folder / _key(config, corpus, vocabulary)
     if not _is_whole(target):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder)
             with _locked(target, progress):
                 if not _is_whole(target):
-                    _make(target, config, corpus, progress)
+                    _make(target, config, corpus, progress, vocabulary)
         except OSError as error:
-            place = str(error.filename or folder)
+            place, why = str(error.filename or folder), error.strerror or error
             setting = "ELMAN_CACHE" if place.startswith(str(folder.parent)) else "HF_HOME"  # `datasets` keeps its own
             raise DataError(
-                f"{place}: the cache cannot be written: {error.strerror or error}. Set {setting} to a directory with room."
+                f"{place}: the cache cannot be written: {why}. Set {setting} to a directory with room."
             ) from error
     return _load(target, corpus, config)
 
 
-def _key(config: CorpusConfig, corpus: Corpus) -> str:
+def _key(config: CorpusConfig, corpus: Corpus, vocabulary: Vocabulary | None) -> str:
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
     own: dict[str, object] = {name: bool(getattr(config, name)) for name in ("validation_file", "test_file")}
     if config.streaming:
         own["streaming_sample"] = config.streaming_sample
+    if vocabulary is not None:
+        own["vocabulary"] = vocabulary[0].fingerprint
     facts = {"format": _FORMAT, "digest": corpus.digest, "split": config.split, "lines": corpus.rows_are_lines}
     return hashlib.sha256(json.dumps(settings | own | facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -116,12 +126,14 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _make(target: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None) -> None:
+def _make(
+    target: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None, vocabulary: Vocabulary | None
+) -> None:
     making = target.with_suffix(".tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
-        facts = _write(making, config, corpus, progress)
+        facts = _write(making, config, corpus, progress, vocabulary)
         facts["files"] = {path.name: path.stat().st_size for path in sorted(making.iterdir())}
         _write_text(making / "corpus.json", json.dumps(facts, indent=1, ensure_ascii=False))
         _sync(making)
@@ -132,12 +144,16 @@ def _make(target: Path, config: CorpusConfig, corpus: Corpus, progress: Progress
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _write(folder: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None) -> dict[str, Any]:
+def _write(
+    folder: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None, vocabulary: Vocabulary | None
+) -> dict[str, Any]:
     """Write the tokenizer and every split; return what corpus.json is to hold."""
     _tell(progress, "opening", 0.0)
     streams = corpus.splits
-    with _stage(progress, "vocabulary", corpus.sample.size) as advance:
-        tokenizer, spelling = learn_vocabulary(config, corpus.sample, advance)
+    if vocabulary is None:
+        with _stage(progress, "vocabulary", corpus.sample.size) as advance:
+            vocabulary = learn_vocabulary(config, corpus.sample, advance)
+    tokenizer, spelling = vocabulary
     _write_text(folder / "tokenizer.json", tokenizer.to_json())
     splits: dict[str, EncodedText] = {}
     for name, stream in streams.items():
@@ -156,6 +172,7 @@ def _write(folder: Path, config: CorpusConfig, corpus: Corpus, progress: Progres
         "corpus": asdict(config),
         "splits": {name: {field: getattr(text, field) for field in _COUNTS} for name, text in splits.items()},
         "shared_documents": shared,
+        "spelling": None if spelling is None else spelling.bits_of_sign.tolist(),
         "warnings": [*_warn_of_shared(shared, splits), *_warn_of_cap(config, streams, splits)],
     }
 
@@ -233,6 +250,7 @@ def _load(target: Path, corpus: Corpus, config: CorpusConfig) -> PreparedCorpus:
         tokenizer=tokenizer,
         splits=splits,
         shared_documents=facts["shared_documents"],
+        spelling=None if facts["spelling"] is None else SpellingModel.from_bits(facts["spelling"]),
         directory=target,
         warnings=[*corpus.warnings, *facts["warnings"]],
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from elman.config.schema import Level
 from elman.text.encode import recut
+from elman.text.spelling import SpellingModel
 from elman.text.streams import Stream
 from elman.text.tokenizer import Tokenizer
 
@@ -106,6 +107,7 @@ class PreparedCorpus:
         splits: ``train``, ``validation`` and, where there is one, ``test``.
         shared_documents: For ``train/validation``, ``train/test`` and ``validation/test``: how many
             documents of the second occur word for word in the first.
+        spelling: What symbols outside the vocabulary cost; None where every symbol is inside.
         directory: Where the files lie.
         warnings: What the user should know.
     """
@@ -118,6 +120,7 @@ class PreparedCorpus:
     tokenizer: Tokenizer = field(repr=False)
     splits: Mapping[str, PreparedSplit | StreamedSplit]
     shared_documents: Mapping[str, int]
+    spelling: SpellingModel | None = field(repr=False)
     directory: Path
     warnings: list[str]
 

@@ -14,7 +14,7 @@ An ``<unk>`` that stands in the text itself hides nothing, since there the text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,11 @@ class SpellingModel:
             signs[:256] = np.bincount(letters, weights=np.repeat(times, lengths), minlength=256)
             signs[256] = times.sum()
         return cls(np.log2(signs.sum() + 257) - np.log2(signs + 1))
+
+    @classmethod
+    def from_bits(cls, bits: Sequence[float]) -> SpellingModel:
+        """Restore one from its ``bits_of_sign``."""
+        return cls(np.array(bits, dtype=np.float64))
 
     def bits(self, symbol: str) -> float:
         """Bits that spell one symbol."""

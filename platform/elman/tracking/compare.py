@@ -60,14 +60,10 @@ def compare_runs(runs: Sequence[RunSummary]) -> Comparison:
     if unfinished:
         notes.append(f"not finished: {', '.join(unfinished)}")
     names = {key: None for run in runs for key in run.params if key not in UNINTERESTING}
-    settings = {
-        key: values for key in names if len(set(values := [run.params.get(key) for run in runs])) > 1
-    }
-    metrics = {
-        key: values
-        for key in FIGURES
-        if any(value is not None for value in (values := [run.metrics.get(key) for run in runs]))
-    }
+    every_setting = {key: [run.params.get(key) for run in runs] for key in names}
+    settings = {key: values for key, values in every_setting.items() if len(set(values)) > 1}
+    every_metric = {key: [run.metrics.get(key) for run in runs] for key in FIGURES}
+    metrics = {key: values for key, values in every_metric.items() if set(values) != {None}}
     return Comparison(list(runs), settings, metrics, notes)
 
 

@@ -74,10 +74,15 @@ def code_state() -> tuple[str | None, str]:
 
 
 class SystemMetrics:
-    """Samples the machine while a run goes on, under the names that MLflow's own page expects."""
+    """Samples the machine while a run goes on, under the names that MLflow's own page expects.
 
-    def __init__(self, metrics: MetricBuffer) -> None:
-        self._metrics = metrics
+    Args:
+        metrics: Takes the samples.
+        first: Seconds before the first, so that a short run has one too.
+    """
+
+    def __init__(self, metrics: MetricBuffer, first: float = 1.0) -> None:
+        self._metrics, self._first = metrics, first
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
 
@@ -92,7 +97,7 @@ class SystemMetrics:
     def _sample(self) -> None:
         process, step = psutil.Process(), 0
         psutil.cpu_percent()  # the first call only starts the clock
-        while not self._ended.wait(SAMPLE_SECONDS if step else 1.0):
+        while not self._ended.wait(SAMPLE_SECONDS if step else self._first):
             memory = psutil.virtual_memory()
             values = {
                 "system/cpu_utilization_percentage": psutil.cpu_percent(),

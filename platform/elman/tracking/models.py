@@ -42,8 +42,6 @@ def log_pyfunc(
 
     # That it checks the example is no news.
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    # A model goes to the active experiment, whatever its run's is.
-    mlflow.set_experiment(experiment_id=run.experiment_id)
     specs = [
         ParamSpec(name, DataType.long if isinstance(default, int) else DataType.double, default)
         for name, default in parameters.items()
@@ -53,19 +51,22 @@ def log_pyfunc(
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(specs),
     )
-    info = Model.log(
-        artifact_path=None,
-        name="model",
-        flavor=mlflow.pyfunc,
-        run_id=run.id,
-        loader_module=loader_module,
-        data_path=str(files),
-        code_paths=[str(code)],
-        signature=signature,
-        input_example=pd.DataFrame([example]),
-        # Left to itself MLflow runs the model to guess these.
-        pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in requirements],
-    )
+    with run.store.as_mlflows_own():
+        # A model goes to the active experiment, whatever its run's is.
+        mlflow.set_experiment(experiment_id=run.experiment_id)
+        info = Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run.id,
+            loader_module=loader_module,
+            data_path=str(files),
+            code_paths=[str(code)],
+            signature=signature,
+            input_example=pd.DataFrame([example]),
+            # Left to itself MLflow runs the model to guess these.
+            pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in requirements],
+        )
     return str(info.model_uri)
 
 
@@ -79,7 +80,8 @@ def download_model(store: RunStore, reference: str, into: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        return Path(mlflow.artifacts.download_artifacts(reference, dst_path=str(into), tracking_uri=store.uri))
+        with store.as_mlflows_own():
+            return Path(mlflow.artifacts.download_artifacts(reference, dst_path=str(into)))
     except (MlflowException, OSError) as error:
         raise ModelError(
             f"There is no model {reference} ({str(error).splitlines()[0][:150]}): "

@@ -119,8 +119,6 @@ class RunStore:
         from mlflow.exceptions import MlflowException
 
         try:
-            mlflow.set_tracking_uri(self.uri)
-            mlflow.set_registry_uri(self.uri)
             client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.get_experiment_by_name(self.config.experiment)
         except OSError:
@@ -136,6 +134,29 @@ class RunStore:
                 "start its server, or set tracking.uri or MLFLOW_TRACKING_URI to another."
             ) from None
         return client
+
+    @contextmanager
+    def as_mlflows_own(self) -> Iterator[None]:
+        """Make this the store of mlflow's own functions for a while, and undo what that leaves behind.
+
+        Some things cannot be done through a client; but mlflow writes the URI into the
+        environment, where the next store would take it for the user's wish.
+        """
+        import mlflow
+
+        names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+        before = {name: os.environ.get(name) for name in names}
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before["MLFLOW_TRACKING_URI"])  # type: ignore[arg-type]  # None unsets it
+            mlflow.set_registry_uri(before["MLFLOW_REGISTRY_URI"])  # type: ignore[arg-type]  # None unsets it
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
     def experiment_id(self) -> str:
         """The id of the configured experiment, created where it does not exist."""

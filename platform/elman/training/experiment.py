@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from elman.config.schema import ExperimentConfig, GenerationConfig
-from elman.config.tree import flatten
-from elman.data.datamodule import CorpusData, evaluation_loader
+from elman.data.datamodule import CorpusData
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
 from elman.tasks.generation import TextGenerator
-from elman.tasks.language_modeling import LanguageModeling, evaluate
+from elman.tasks.language_modeling import LanguageModeling
 from elman.tasks.precision import Precision, resolve_device, resolve_precision
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus, PreparedSplit
@@ -28,8 +27,9 @@ from elman.tracking.plots import loss_curves
 from elman.tracking.registry import register
 from elman.tracking.store import Run, RunStore, local_root, without_password
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
+from elman.training.evaluation import score_splits
 from elman.training.export import log_model
-from elman.training.loading import checkpoint_extra, model_weights, read_checkpoint
+from elman.training.loading import model_weights, provenance, read_checkpoint
 from elman.training.progress import Reporter, Silence
 from elman.training.trainer import build_trainer, seed_everything, set_threads
 
@@ -146,7 +146,10 @@ def _train(
     )
     limits = Limits(config.trainer, signals)
     recorder = Recorder(config.trainer, limits, reporter, train if isinstance(train, PreparedSplit) else None)
-    checkpoints = Checkpoints(folder, checkpoint_extra(model, corpus.tokenizer, flatten(config), corpus.digest))
+    facts = provenance(config, corpus)
+    checkpoints = Checkpoints(
+        folder, {"architecture": model.architecture, "tokenizer": corpus.tokenizer.to_json(), "provenance": facts}
+    )
     callbacks = [limits, recorder, checkpoints]
     if config.trainer.sample_length:
         def write() -> str:
@@ -165,7 +168,7 @@ def _train(
 
     reporter.stage("testing the best checkpoint")
     model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
-    metrics = score_splits(model, corpus, config, device, precision)
+    metrics = score_splits(model, corpus, config.data, device, precision)
     run.metrics.add({key: value for key, value in metrics.items() if key.startswith("test/")}, trainer.global_step)
     model.cpu()
     sample = write_sample(generator, config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed)
@@ -178,7 +181,7 @@ def _train(
     reporter.stage("recording the model")
     run.metrics.flush()
     run.log_figure("loss_curves.png", _figure(run))
-    uri = log_model(run, model, corpus.tokenizer, config, example=sample[:20])
+    uri = log_model(run, model, corpus.tokenizer, facts, example=sample[:20])
     registered = None
     if config.tracking.register is not None:
         bits = metrics.get("test/bits_per_byte", metrics["val/bits_per_byte"])
@@ -197,19 +200,6 @@ def _train(
         ended_by=limits.reason,
         registered=registered,
     )
-
-
-def score_splits(
-    model: LanguageModel, corpus: PreparedCorpus, config: ExperimentConfig, device: torch.device, precision: Precision
-) -> dict[str, float]:
-    """The model's figures on the validation split and, where there is one, the test split."""
-    metrics: dict[str, float] = {}
-    for name, prefix in (("validation", "val"), ("test", "test")):
-        split = corpus.splits.get(name)
-        if isinstance(split, PreparedSplit):
-            windows = evaluation_loader(split, config.data, corpus.tokenizer.start_id)
-            metrics |= evaluate(model, windows, device, precision).metrics(prefix, split)
-    return metrics
 
 
 @contextmanager

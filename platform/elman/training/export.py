@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import elman
-from elman.config.schema import ExperimentConfig
-from elman.config.tree import flatten
 from elman.models.language_model import LanguageModel
 from elman.tasks.pyfunc import DEFAULTS
 from elman.text.tokenizer import Tokenizer
@@ -26,14 +25,14 @@ PACKED = (
 REQUIREMENTS = ("torch", "tokenizers", "safetensors", "numpy")
 
 
-def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer, config: ExperimentConfig) -> None:
-    """Write weights.safetensors, architecture.json, tokenizer.json and config.json into ``folder``."""
+def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
+    """Write weights.safetensors, architecture.json, tokenizer.json and provenance.json into ``folder``."""
     from safetensors.torch import save_model as save_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(model, str(folder / "weights.safetensors"))
     _write_json(folder / "architecture.json", model.architecture)
-    _write_json(folder / "config.json", flatten(config))
+    _write_json(folder / "provenance.json", facts)
     tokenizer.save(folder / "tokenizer.json")
 
 
@@ -53,12 +52,12 @@ def _pack_code(into: Path) -> Path:
 
 
 def log_model(
-    run: Run, model: LanguageModel, tokenizer: Tokenizer, config: ExperimentConfig, example: str
+    run: Run, model: LanguageModel, tokenizer: Tokenizer, facts: Mapping[str, Any], example: str
 ) -> str:
-    """Log the model to its run as an MLflow pyfunc, with a prompt as example; returns its URI."""
+    """Log the model to its run as an MLflow pyfunc, with its provenance and a prompt as example; returns its URI."""
     with tempfile.TemporaryDirectory() as name:
         staging = Path(name)
-        save_model(staging / "files", model, tokenizer, config)
+        save_model(staging / "files", model, tokenizer, facts)
         return log_pyfunc(
             run,
             loader_module="elman.tasks.pyfunc",

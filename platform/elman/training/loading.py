@@ -1,7 +1,7 @@
 """From a MODEL argument to a model and its tokenizer.
 
 A MODEL is a run id, ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, or a path: of a
-checkpoint, or of a folder with weights.safetensors, architecture.json and tokenizer.json.
+checkpoint, or of a folder with weights.safetensors, architecture.json, tokenizer.json and provenance.json.
 Nothing loaded here can run code: checkpoints load with weights_only, weights are
 safetensors, the rest is JSON.
 """
@@ -22,9 +22,12 @@ from safetensors import SafetensorError
 
 from elman.config.load import from_flat
 from elman.config.schema import ExperimentConfig
+from elman.config.tree import flatten
 from elman.errors import ElmanError, ModelError, TrackingError
 from elman.models.language_model import LanguageModel
 from elman.tasks.pyfunc import load_files
+from elman.text.prepared import PreparedCorpus
+from elman.text.spelling import SpellingModel
 from elman.text.tokenizer import Tokenizer
 from elman.tracking.models import download_model
 from elman.tracking.store import RunStore
@@ -34,24 +37,33 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to use, and where it came from."""
+    """A model ready to use, and what it was trained on.
+
+    Attributes:
+        spelling: What symbols outside its vocabulary cost, from its training text.
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer
     config: ExperimentConfig
-    source: str
+    corpus_digest: str
+    spelling: SpellingModel | None
 
 
-def checkpoint_extra(model: LanguageModel, tokenizer: Tokenizer, config: Mapping[str, Any], digest: str) -> dict[str, Any]:
-    """What a checkpoint holds beside Lightning's own: plain values, so that it loads without code."""
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+def provenance(config: ExperimentConfig, corpus: PreparedCorpus) -> dict[str, Any]:
+    """What a model needs to remember of its training, as plain values."""
+    flat = flatten(config)
     return {
         "format": FORMAT,
-        "architecture": model.architecture,
-        "tokenizer": tokenizer.to_json(),
-        "config": settings,
-        "corpus_digest": digest,
+        "config": {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()},
+        "corpus_digest": corpus.digest,
+        "spelling": None if corpus.spelling is None else corpus.spelling.bits_of_sign.tolist(),
     }
+
+
+def _loaded(model: LanguageModel, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> LoadedModel:
+    spelling = None if facts["spelling"] is None else SpellingModel.from_bits(facts["spelling"])
+    return LoadedModel(model.eval(), tokenizer, from_flat(facts["config"]), str(facts["corpus_digest"]), spelling)
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -94,27 +106,23 @@ def from_checkpoint(path: Path) -> LoadedModel:
     try:
         model = LanguageModel.from_architecture(extra["architecture"])
         model.load_state_dict(model_weights(checkpoint))
-        return LoadedModel(
-            model.eval(), Tokenizer.from_json(extra["tokenizer"]), from_flat(extra["config"]), str(path)
-        )
+        return _loaded(model, Tokenizer.from_json(extra["tokenizer"]), extra["provenance"])
     except (KeyError, RuntimeError, TypeError, ElmanError) as error:
         raise ModelError(f"{path} does not hold the model it describes ({str(error).splitlines()[0]}).") from None
 
 
 def from_folder(folder: Path) -> LoadedModel:
-    """The model in a folder of weights.safetensors, architecture.json, tokenizer.json and config.json.
+    """The model in a folder of weights.safetensors, architecture.json, tokenizer.json and provenance.json.
 
     Raises:
         ModelError: A file is missing or damaged.
     """
     try:
-        model, tokenizer = load_files(folder)
-        config = from_flat(json.loads((folder / "config.json").read_text("utf-8")))
+        return _loaded(*load_files(folder), json.loads((folder / "provenance.json").read_text("utf-8")))
     except OSError as error:
         raise ModelError(f"{folder} is no saved model ({error.strerror}: {error.filename}).") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ElmanError) as error:
         raise ModelError(f"{folder} holds a damaged model ({str(error).splitlines()[0]}).") from None
-    return LoadedModel(model, tokenizer, config, str(folder))
 
 
 def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
@@ -140,11 +148,9 @@ def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
             found = next(root.rglob("weights.safetensors"), None)
             if found is None:
                 raise ModelError(f"{reference} is not a model of elman.")
-            loaded = from_folder(found.parent)
-        else:
-            run = store.find_run(reference)
-            loaded = from_checkpoint(_run_checkpoint(store, run.id, Path(folder)))
-    return LoadedModel(loaded.model, loaded.tokenizer, loaded.config, reference)
+            return from_folder(found.parent)
+        run = store.find_run(reference)
+        return from_checkpoint(_run_checkpoint(store, run.id, Path(folder)))
 
 
 def needs_store(reference: str) -> bool:
