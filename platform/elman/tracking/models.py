@@ -36,7 +36,6 @@ def log_pyfunc(
         requirements: Packages that it needs, pinned to the installed versions.
     """
     import mlflow.pyfunc
-    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -63,7 +62,7 @@ def log_pyfunc(
             data_path=str(files),
             code_paths=[str(code)],
             signature=signature,
-            input_example=pd.DataFrame([example]),
+            input_example=[example],
             # Left to itself MLflow runs the model to guess these.
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in requirements],
         )

@@ -33,9 +33,10 @@ def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, diges
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = client.create_model_version(
-            name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
-        )
+        with run.store.as_mlflows_own():  # it looks the logged model up on its own account
+            version = client.create_model_version(
+                name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
+            )
         holder = client.get_registered_model(name).aliases.get(CHAMPION)
         if holder is not None:
             champion = client.get_model_version(name, holder)

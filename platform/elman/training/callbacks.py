@@ -32,12 +32,17 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self.arm()
+        return self
+
+    def arm(self) -> None:
+        """Handle the signals from here on; whatever handled them before is put back at the end."""
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._before[number] = signal.signal(number, self._note)
+                before = signal.signal(number, self._note)
             except ValueError:  # not the main thread: its owner handles signals
-                break
-        return self
+                return
+            self._before.setdefault(number, before)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
@@ -66,7 +71,8 @@ class Limits(L.Callback):
         return 0.0 if self.started is None else time.monotonic() - self.started
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock. Lightning has taken SIGTERM for itself by now, and would end as if all were well."""
+        self._signals.arm()
         self.started = time.monotonic()
 
     def progress(self, trainer: L.Trainer, batch_idx: int) -> float:

@@ -172,10 +172,11 @@ def _train(
     run.metrics.add({key: value for key, value in metrics.items() if key.startswith("test/")}, trainer.global_step)
     model.cpu()
     sample = write_sample(generator, config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed)
+    parameters = count_parameters(model)
     speed = recorder.tokens / max(recorder.seconds, 1e-9)
     run.metrics.add(
         {"best/" + key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/")}
-        | {"training/seconds": seconds, "training/tokens_per_second": speed},
+        | {"training/seconds": seconds, "training/tokens_per_second": speed, "model/parameters": parameters["total"]},
         trainer.global_step,
     )
     reporter.stage("recording the model")
@@ -192,7 +193,7 @@ def _train(
         run_id=run.id,
         name=run.name,
         metrics=metrics,
-        parameters=count_parameters(model),
+        parameters=parameters,
         tokens_per_second=speed,
         seconds=seconds,
         sample=sample,

@@ -80,11 +80,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ModelError: It is missing, truncated, damaged, or not one of ours.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch itself would load a flipped bit without a word
-            if damaged:
-                raise ModelError(f"{path} is damaged (at {damaged}): use another checkpoint.")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself would load a flipped bit without a word
+        if damaged:
+            raise ModelError(f"{path} is damaged (at {damaged}): use another checkpoint.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}).") from None

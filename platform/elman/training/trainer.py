@@ -61,6 +61,7 @@ def build_trainer(
         # Averaged weights are swapped in for validation; inference tensors would stay behind.
         inference_mode=False,
         logger=logger,
+        log_every_n_steps=1,
         callbacks=list(callbacks),
         enable_checkpointing=False,
         enable_progress_bar=False,
