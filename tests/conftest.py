@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from elman.config.schema import TrackingConfig
 from support import make_text
 
-from elman.config.schema import TrackingConfig
 
 @pytest.fixture(scope="session", autouse=True)
 def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:

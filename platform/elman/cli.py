@@ -43,7 +43,8 @@ def table(rows: Sequence[Sequence[str]], *, header: bool = True) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        first, *others = [(cell, width) for cell, width in zip(row, widths, strict=True)]
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         lines.append("  ".join(cells).rstrip())
     if header:
         lines.insert(1, "  ".join("─" * w for w in widths))
@@ -56,7 +57,8 @@ def train(arguments: Sequence[str]) -> int:
     flags.add_option("config", str, "YAML file of settings; flags override it, and it overrides the defaults.")
     flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
-    config = load_config(ExperimentConfig, values["config"], {k: v for k, v in given.items() if k not in ("config", "json")})
+    changes = {name: value for name, value in given.items() if name not in ("config", "json")}
+    config = load_config(ExperimentConfig, values["config"], changes)
 
     from elman.training.progress import terminal_reporter
 
@@ -191,7 +193,8 @@ def _store(flags: Flags, given: Mapping[str, Any]) -> RunStore:
 def runs(arguments: Sequence[str]) -> int:
     """List the recorded runs."""
     flags = _flags("runs")
-    flags.add_option("filter", str, "MLflow filter, such as: metrics.`test/bits_per_byte` < 2 and params.`model.cell` = 'gru'", "")
+    example = "metrics.`test/bits_per_byte` < 2 and params.`model.cell` = 'gru'"
+    flags.add_option("filter", str, f"MLflow filter, such as: {example}", "")
     flags.add_option("sort", str, "Metric to sort by, the lowest first; null sorts by time, the newest first.", None)
     flags.add_option("limit", int, "Most runs to list.", 20)
     flags.add_settings(TrackingConfig, prefix="tracking.")
@@ -204,9 +207,11 @@ def runs(arguments: Sequence[str]) -> int:
         print("No runs yet: `make train` makes the first one.")
     else:
         rows = [["run", "name", "status", "started", "val bits/byte", "test bits/byte", "parameters"]]
-        for run in found:
-            rows.append([run.id[:12], run.name, run.status, _when(run.started), _figure(run, "best/bits_per_byte"),
-                         _figure(run, "test/bits_per_byte"), _figure(run, "model/parameters", ",.0f")])  # fmt: skip
+        rows.extend(
+            [run.id[:12], run.name, run.status, _when(run.started), _figure(run, "best/bits_per_byte"),
+             _figure(run, "test/bits_per_byte"), _figure(run, "model/parameters", ",.0f")]
+            for run in found
+        )  # fmt: skip
         print(table(rows))
     return 0
 
@@ -350,7 +355,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         from elman.config.tree import nearest
 
-        raise ConfigError(f"{command} is not a command of elman.{nearest(command, COMMANDS)} `elman --help` lists them.")
+        hint = nearest(command, COMMANDS)
+        raise ConfigError(f"{command} is not a command of elman.{hint} `elman --help` lists them.")
     return COMMANDS[command](arguments[1:])
 
 

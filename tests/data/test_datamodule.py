@@ -3,18 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import make_text, tiny
 
 from elman.data.datamodule import CorpusData
 from elman.errors import DataError
 from elman.text.prepare import prepare
+from support import make_text, tiny
 
 
 def test_a_corpus_shorter_than_one_batch_of_windows_is_refused_with_both_sizes(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("a few words only, no more than that\n")
     config = tiny(path)
-    with pytest.raises(DataError, match=r"fewer than one window of 128 \(data.batch_size 8 × data.sequence_length 16\)"):
+    sizes = r"fewer than one window of 128 \(data.batch_size 8 × data.sequence_length 16\)"
+    with pytest.raises(DataError, match=sizes):
         CorpusData(prepare(config.corpus), config.data, config.seed)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_the_input_at_every_position_is_the_token_before_its_target(count: int, 
 
 def test_rows_go_on_from_window_to_window() -> None:
     windows = list(loader(103, 4, 10))
-    for first, second in zip(windows, windows[1:], strict=False):
+    for first, second in pairwise(windows):
         assert (second.inputs_BT[:, 0] == first.targets_BT[:, -1])[second.targets_BT[:, 0] != IGNORED].all()
 
 
@@ -111,7 +112,7 @@ def test_a_stream_gives_every_token_once_and_keeps_pieces_contiguous(sizes: list
         inputs = [i for w in windows for i, t in zip(w.inputs_BT[row].tolist(), w.targets_BT[row].tolist(), strict=True)
                   if t != IGNORED]  # fmt: skip
         assert inputs[1:] == targets[:-1]
-        assert all(b == a + 1 or b in starts for a, b in zip(targets, targets[1:], strict=False))
+        assert all(b == a + 1 or b in starts for a, b in pairwise(targets))
 
 
 def test_a_stream_marks_documents_where_asked() -> None:

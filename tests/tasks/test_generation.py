@@ -24,7 +24,7 @@ def generator(tokenizer: Tokenizer) -> TextGenerator:
 
 @pytest.fixture
 def letters() -> TextGenerator:
-    return generator(Tokenizer.from_characters({c: 5 for c in "abcdef \n"}))
+    return generator(Tokenizer.from_characters(dict.fromkeys("abcdef \n", 5)))
 
 
 def test_the_same_prompt_and_seed_give_the_same_text(letters: TextGenerator) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ class Trained(LanguageModeling):
 
     def __init__(self, model: LanguageModel, **settings: Any) -> None:
         super().__init__(model, OptimizerConfig(**settings), bits=Unit(), sequence_length=5)
-        self._trainer = type("Stub", (), {"global_step": 6, "sanity_checking": False, "optimizers": [torch.optim.SGD(model.parameters())]})()
+        optimizers = [torch.optim.SGD(model.parameters())]
+        self._trainer = SimpleNamespace(global_step=6, sanity_checking=False, optimizers=optimizers)
 
     @property
     def trainer(self) -> Any:

@@ -46,9 +46,10 @@ def test_the_ui_answers_on_this_machine_alone_and_ends_with_its_command(workplac
         line = server.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line
-        with urllib.request.urlopen(found[0], timeout=30) as page:
-            assert b"MLflow" in page.read()
-        foreign = urllib.request.Request(f"{found[0]}/api/2.0/mlflow/experiments/search", headers={"Host": "evil.example"})
+        with urllib.request.urlopen(found[0], timeout=30) as answer:
+            assert b"MLflow" in answer.read()
+        page = f"{found[0]}/api/2.0/mlflow/experiments/search"
+        foreign = urllib.request.Request(page, headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(foreign, timeout=30)
         assert refusal.value.code == 403

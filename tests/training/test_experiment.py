@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_text, tiny
 
 from elman.config.load import load_config
 from elman.config.schema import ExperimentConfig, GenerationConfig
@@ -23,6 +22,7 @@ from elman.training.evaluation import evaluate_model
 from elman.training.experiment import run_experiment
 from elman.training.loading import load_model
 from elman.training.progress import Silence
+from support import make_text, tiny
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_a_run_holds_everything_and_the_best_model_is_the_one_tested(
     assert run.metrics["model/parameters"] == result.parameters["total"]
 
     artifacts = {a.path for a in store.client.list_artifacts(run.id)}
-    assert {"config.yaml", "tokenizer.json", "environment.json", "loss_curves.png", "samples.txt", "checkpoints"} <= artifacts
+    files = {"config.yaml", "tokenizer.json", "environment.json", "loss_curves.png", "samples.txt", "checkpoints"}
+    assert files <= artifacts
     checkpoints = {a.path for a in store.client.list_artifacts(run.id, "checkpoints")}
     assert checkpoints == {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     assert not (Path("mlruns") / "checkpoints" / run.id).exists()
@@ -85,7 +86,8 @@ def test_training_lowers_the_loss_far_below_chance(store: RunStore, text_file: P
     [
         {"model__cell": "rnn", "model__nonlinearity": "relu"},
         {"model__cell": "gru", "model__tie_weights": True, "model__layer_norm": True},
-        {"model__cell": "gru_reset_before", "model__initial_state": "learned", "model__residual": True, "model__num_layers": 2},
+        {"model__cell": "gru_reset_before", "model__initial_state": "learned", "model__residual": True,
+         "model__num_layers": 2},
         {"model__cell": "transformer", "model__num_heads": 2},
         {"model__head": "last_step", "model__max_sequence_length": 8},
         {"model__weight_dropout": 0.5, "model__embedding_dropout": 0.1, "model__dropout": 0.2, "model__num_layers": 2,
@@ -142,8 +144,9 @@ def test_divergence_fails_the_run_with_its_step_and_keeps_the_good_checkpoint(
 
     monkeypatch.setattr(Schedule, "factor", explode)
     config = tiny(
-        text_file, optimizer__name="sgd", optimizer__lr=1.0, optimizer__max_grad_norm=None, trainer__validate_every_steps=1
-    )
+        text_file, optimizer__name="sgd", optimizer__lr=1.0, optimizer__max_grad_norm=None,
+        trainer__validate_every_steps=1,
+    )  # fmt: skip
     with pytest.raises(DivergenceError, match=r"the loss is (nan|inf) at step \d+\. Usual remedies") as failure:
         run_experiment(config, store)
     [run] = store.runs()
@@ -210,7 +213,8 @@ def test_the_best_of_a_registered_name_is_champion_and_loads_by_alias(store: Run
 
 def test_a_training_in_a_thread_works_though_it_cannot_handle_signals(store: RunStore, text_file: Path) -> None:
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(run_experiment(tiny(text_file, trainer__max_steps=3), store)))
+    config = tiny(text_file, trainer__max_steps=3)
+    thread = threading.Thread(target=lambda: results.append(run_experiment(config, store)))
     thread.start()
     thread.join()
     assert len(results) == 1

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_text, tiny
 
 from elman.config.schema import GenerationConfig
 from elman.config.tree import override
@@ -22,6 +21,7 @@ from elman.training.evaluation import evaluate_model
 from elman.training.experiment import RunResult, run_experiment
 from elman.training.loading import load_model, read_checkpoint
 from elman.training.progress import Silence
+from support import make_text, tiny
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_model_scores_any_text_and_pays_for_the_words_it_lacks(
     short, long = scores
     assert short["loss"] == pytest.approx(long["loss"], rel=0.05)  # the same tokens, but for where the cut falls
     assert short["bits_per_byte"] > short["loss"]
-    with pytest.raises(ConfigError, match="corpus.level must be word"):
+    with pytest.raises(ConfigError, match=r"corpus\.level must be word"):
         evaluate_model(loaded, override(loaded.config, {"corpus.level": "character"}), "test", Silence())
     with pytest.raises(ConfigError, match="--split nonsense does not exist"):
         evaluate_model(loaded, loaded.config, "nonsense", Silence())
@@ -164,7 +164,9 @@ def test_a_checkpoint_with_the_vocabulary_of_another_is_refused(
         load_model(str(tmp_path / "other.ckpt"))
 
 
-@pytest.mark.parametrize("reference", ["models:/nobody@champion", "models:/nobody/3", "0" * 32, "nobody", "no/such.ckpt"])
+@pytest.mark.parametrize(
+    "reference", ["models:/nobody@champion", "models:/nobody/3", "0" * 32, "nobody", "no/such.ckpt"]
+)
 def test_a_model_that_does_not_exist_is_one_clear_line(
     trained: tuple[RunResult, RunStore, Path], reference: str
 ) -> None:

@@ -38,14 +38,14 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
+            event = self.get_event()  # type: ignore[no-untyped-call]  # yaml's stubs
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # yaml's stubs
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             if key in seen:
@@ -55,7 +55,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 # YAML 1.1 takes 1e-3 for text; everyone who writes a learning rate means a number.
-_PlainLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]  # yaml's stubs
+_PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -76,7 +76,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except ValueError:
         raise ConfigError(f"{path} is not a UTF-8 text: give a YAML file of settings.") from None
     try:
-        tree = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader with less, not more
+        tree = yaml.load(text, Loader=_PlainLoader)
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{where}: {error.problem or 'not YAML'}.") from None
@@ -145,7 +145,8 @@ class Flags:
 
     def add_positional(self, name: str, help_text: str, *, nargs: str | None = None) -> None:
         """A positional argument; ``nargs`` as in argparse."""
-        self.parser.add_argument(name, help=help_text, **({"nargs": nargs} if nargs else {}))
+        options: dict[str, Any] = {"nargs": nargs} if nargs else {}
+        self.parser.add_argument(name, help=help_text, **options)
         self._positional.append(name)
 
     def add_option(self, name: str, hint: Any, help_text: str, default: Any = None) -> None:

@@ -369,7 +369,8 @@ class ExperimentConfig:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.data.reset_at_documents and self.model.head == "last_step":
             raise ConfigError(
-                "data.reset_at_documents contradicts model.head last_step, which carries no state: leave one at its default."
+                "data.reset_at_documents contradicts model.head last_step, which carries no state: "
+                "leave one at its default."
             )
 
 

@@ -56,9 +56,13 @@ def _default(declared: Field[Any]) -> Any:
     return declared.default
 
 
-@cache
 def settings(cls: type, prefix: str = "") -> dict[str, Setting]:
     """Every setting below ``cls``, by dotted name, in the order of declaration."""
+    return dict(_settings(cls, prefix))
+
+
+@cache
+def _settings(cls: type, prefix: str) -> dict[str, Setting]:
     hints = get_type_hints(cls)
     found: dict[str, Setting] = {}
     for declared in fields(cls):
@@ -147,42 +151,42 @@ def describe_type(hint: Any) -> str:
     return words.get(hint, str(hint))
 
 
-class _Mismatch(Exception):
+class _MismatchError(Exception):
     pass
 
 
 def _coerce(hint: Any, value: Any) -> Any:
-    """The value in the setting's type, or _Mismatch. Nothing is converted but int to float and list to tuple."""
+    """The value in the setting's type, or _MismatchError. Nothing is converted but int to float and list to tuple."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for option in args:
             try:
                 return _coerce(option, value)
-            except _Mismatch:
+            except _MismatchError:
                 continue
-        raise _Mismatch
+        raise _MismatchError
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value
-        raise _Mismatch
+        raise _MismatchError
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise _Mismatch
+            raise _MismatchError
         if args[-1] is Ellipsis:
             return tuple(_coerce(args[0], item) for item in value)
         if len(value) != len(args):
-            raise _Mismatch
+            raise _MismatchError
         return tuple(_coerce(a, item) for a, item in zip(args, value, strict=True))
     if hint is types.NoneType:
         if value is None:
             return None
-        raise _Mismatch
+        raise _MismatchError
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**1023 else value
     # bool is an int to isinstance, never to a user
     if type(value) is hint:
         return value
-    raise _Mismatch
+    raise _MismatchError
 
 
 def coerce(setting: Setting, value: Any) -> Any:
@@ -193,7 +197,7 @@ def coerce(setting: Setting, value: Any) -> Any:
     """
     try:
         return _coerce(setting.type, value)
-    except _Mismatch:
+    except _MismatchError:
         raise ConfigError(f"{setting.name} must be {describe_type(setting.type)}, got {value!r}.") from None
 
 

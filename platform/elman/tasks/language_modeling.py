@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import lightning as L
@@ -30,17 +31,17 @@ class Windowed(Protocol):
     """A window of the stream, as elman.data.windows.Window gives it."""
 
     @property
-    def inputs_BT(self) -> Tensor:
+    def inputs_BT(self) -> Tensor:  # noqa: N802 - a field there
         """Token ids."""
         ...
 
     @property
-    def targets_BT(self) -> Tensor:
+    def targets_BT(self) -> Tensor:  # noqa: N802 - a field there
         """Next tokens, or torch's ignore index."""
         ...
 
     @property
-    def resets_BT(self) -> Tensor | None:
+    def resets_BT(self) -> Tensor | None:  # noqa: N802 - a field there
         """Where the state is reset."""
         ...
 
@@ -67,7 +68,7 @@ def unroll(model: LanguageModel, window: Windowed, state: State | None) -> tuple
     columns = window.resets_BT.any(0).nonzero().flatten().tolist()
     edges = sorted({0, *columns, window.inputs_BT.shape[1]})
     raw, dropped = [], []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         if begin in columns:
             state = model.reset(state, window.resets_BT[:, begin])
         features = model.features(window.inputs_BT[:, begin:end], state)

@@ -31,7 +31,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     Without it bfloat16 is emulated, and slower than single precision.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # torch has no public question for this.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

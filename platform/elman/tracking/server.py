@@ -45,7 +45,8 @@ def serve(port: int, ready: Callable[[str], None]) -> int:
     RunStore(TrackingConfig(uri=uri))  # the tables exist before the server looks
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--no-serve-artifacts",
-        "--default-artifact-root", str(local_root() / "artifacts"), "--host", HOST, "--port", str(port), "--workers", "1",
+        "--default-artifact-root", str(local_root() / "artifacts"), "--host", HOST, "--port", str(port),
+        "--workers", "1",
     ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(
@@ -66,7 +67,7 @@ def _wait(server: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise TrackingError(f"The MLflow server ended at once with code {server.returncode}: is another one running?")
+            raise TrackingError(f"The MLflow server ended at once with code {server.returncode}: does another one run?")
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return

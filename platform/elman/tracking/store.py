@@ -166,7 +166,7 @@ class RunStore:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             if found.lifecycle_stage == "deleted":
-                raise TrackingError(f"tracking.experiment {name} was deleted: restore it in MLflow, or use another name.")
+                raise TrackingError(f"tracking.experiment {name} was deleted: restore it, or use another name.")
             return str(found.experiment_id)
         location = str(local_root() / "artifacts" / name) if self.is_local else None
         try:
@@ -234,7 +234,12 @@ class RunStore:
         raise TrackingError(f"There is no run {run_id!r} in {without_password(self.uri)}: `elman runs` lists them.")
 
     def runs(
-        self, *, filter_string: str = "", order_by: Sequence[str] = (), limit: int = 1000, every_experiment: bool = False
+        self,
+        *,
+        filter_string: str = "",
+        order_by: Sequence[str] = (),
+        limit: int = 1000,
+        every_experiment: bool = False,
     ) -> list[RunSummary]:
         """Runs of the experiment, the newest first unless ordered otherwise.
 

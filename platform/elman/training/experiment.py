@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -110,7 +109,8 @@ def run_experiment(
     if config.trainer.sample_length:
         TextGenerator(model, corpus.tokenizer).encode(config.trainer.sample_prompt)
     store = store or RunStore(config.tracking)
-    with StopSignals() as signals, store.start_run(config, run_name(config, model), _tags(config, corpus, precision)) as run:
+    tags = _tags(corpus, precision)
+    with StopSignals() as signals, store.start_run(config, run_name(config, model), tags) as run:
         reporter.note(f"run {run.id} ({run.name})")
         record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
         folder = local_root() / "checkpoints" / run.id
@@ -221,9 +221,10 @@ def _figure(run: Run) -> object:
     return loss_curves({run.name: curves})
 
 
-def _tags(config: ExperimentConfig, corpus: PreparedCorpus, precision: Precision) -> dict[str, str]:
+def _tags(corpus: PreparedCorpus, precision: Precision) -> dict[str, str]:
     commit, diff = code_state()
-    tags = {"corpus.digest": corpus.digest, "precision": precision, "tokenizer.fingerprint": corpus.tokenizer.fingerprint}
+    fingerprint = corpus.tokenizer.fingerprint
+    tags = {"corpus.digest": corpus.digest, "precision": precision, "tokenizer.fingerprint": fingerprint}
     if commit is not None:
         tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(diff)).lower()}
     return tags
@@ -263,10 +264,9 @@ def _announce(
         reporter.note(f"warning: {warning}")
     parameters = count_parameters(model)["total"]
     shape = model.architecture["config"]
-    reporter.note(
-        f"model {config.model.cell}, {shape['num_layers']} × {shape['hidden_size']} hidden units, {parameters:,} parameters"
-    )
+    units = f"{shape['num_layers']} × {shape['hidden_size']} hidden units"
+    reporter.note(f"model {config.model.cell}, {units}, {parameters:,} parameters")
     why = ""
     if config.trainer.precision == "auto":
-        why = " (this hardware multiplies bfloat16)" if precision == "bf16" else " (this hardware has no bfloat16 multiplier)"
+        why = " (this hardware multiplies bfloat16)" if precision == "bf16" else " (it has no bfloat16 multiplier)"
     reporter.note(f"on {device.type} with {torch.get_num_threads()} threads, in {precision}{why}")

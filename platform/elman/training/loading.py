@@ -138,7 +138,7 @@ def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
     path = Path(reference)
     if not reference.startswith("models:/") and path.exists():
         return from_folder(path) if path.is_dir() else from_checkpoint(path)
-    if "/" in reference and not reference.startswith("models:/") or path.suffix == ".ckpt":
+    if ("/" in reference and not reference.startswith("models:/")) or path.suffix == ".ckpt":
         raise ModelError(f"{reference} does not exist: give a run id, models:/NAME@ALIAS, or a checkpoint's path.")
     store = store or RunStore()
     with tempfile.TemporaryDirectory() as folder:

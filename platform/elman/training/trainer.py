@@ -30,7 +30,7 @@ def set_threads(threads: int | None) -> None:
 def seed_everything(seed: int) -> None:
     """Seed every generator that a training draws from."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the global one is what libraries draw from
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
