@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: help setup train evaluate generate compare runs ui test check clean $(EXPERIMENTS:%=train-%)
 
 help: ## list the targets
-	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {sub("%", "NAME", $$1); printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "  train-NAME takes NAME from: $(EXPERIMENTS)"
 
 setup: $(STAMP) ## install everything into .venv, at the pinned versions

@@ -296,7 +296,33 @@ def corpus(arguments: Sequence[str]) -> int:
 
 
 def _describe(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, indent=2, ensure_ascii=False)
+    rows = [["split", "bytes", "characters", "tokens", "documents", "unknown"]]
+    for name, sizes in facts["splits"].items():
+        columns = ("bytes", "characters", "tokens", "documents", "unknown_tokens")
+        rows.append([name, *("streamed" if sizes[c] is None else f"{sizes[c]:,}" for c in columns)])
+    coverage = facts["coverage"]
+    frequent = "  ".join(f"{_visible(entry['token'])} {entry['count']:,}" for entry in facts["most_frequent"])
+    lines = [
+        f"{facts['name']}: {facts['source']}",
+        *([facts["citation"]] if facts["citation"] not in ("", facts["source"]) else []),
+        f"sha256 {facts['digest']}",
+        "",
+        table(rows),
+        "",
+        f"{facts['level']} level, {facts['vocabulary_size']:,} symbols; they cover {coverage['tokens']:.2%} of the "
+        f"validation tokens and {coverage['types']:.2%} of its distinct ones",
+        f"most frequent: {frequent}",
+        *(f"warning: {warning}" for warning in facts["warnings"]),
+        "",
+        "─── sample ───",
+        facts["sample"],
+    ]
+    return "\n".join(lines)
+
+
+def _visible(token: str) -> str:
+    """A token that can be told apart in a line: white space by its picture."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
 
 def settings(arguments: Sequence[str]) -> int:

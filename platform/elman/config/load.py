@@ -198,7 +198,7 @@ class Flags:
             namespace = self.parser.parse_args(list(arguments))
         except (argparse.ArgumentError, ConfigError) as error:
             raise ConfigError(self._one_line(str(error))) from None
-        values = {name: namespace[name] for name in [*self.known, *self._positional]}
+        values = {name: namespace[name.replace('-', '_')] for name in [*self.known, *self._positional]}
         return values, {name: values[name] for name in given if name in values}
 
     def _one_line(self, message: str) -> str:

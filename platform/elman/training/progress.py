@@ -10,6 +10,9 @@ from typing import Any, Protocol, TextIO
 PLAIN_SECONDS = 10.0
 """Between two plain lines about the same thing."""
 
+QUIET_SECONDS = 2.0
+"""Before the first line about a stage whose end can be foreseen."""
+
 
 class Reporter(Protocol):
     """Whoever watches a training: the terminal, or nobody."""
@@ -65,11 +68,10 @@ def duration(seconds: float) -> str:
 
 
 def _step_line(metrics: Mapping[str, float], seconds_left: float) -> str:
-    bits = f"{metrics['train/bits_per_byte']:.3f} bits/byte  " if "train/bits_per_byte" in metrics else ""
-    return (
-        f"loss {metrics['train/loss']:.3f}  {bits}{metrics['throughput/tokens_per_second']:,.0f} tokens/s"
-        f"  {duration(seconds_left)} left"
-    )
+    # Short enough for eighty columns beside the bar.
+    bits = f"{metrics['train/bits_per_byte']:.3f} bits/byte " if "train/bits_per_byte" in metrics else ""
+    speed = f"{metrics['throughput/tokens_per_second']:,.0f} tok/s"
+    return f"loss {metrics['train/loss']:.3f} {bits}{speed} {duration(seconds_left).removesuffix(' min')} left"
 
 
 def _validation_line(epoch: float, step: int, metrics: Mapping[str, float], is_best: bool) -> str:
@@ -86,6 +88,7 @@ class PlainReporter:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._last: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
 
     def note(self, text: str) -> None:
         """Write it."""
@@ -99,8 +102,11 @@ class PlainReporter:
             self.note(text)
 
     def stage(self, name: str, fraction: float | None = None) -> None:
-        """Write its name, and how much of it is done."""
-        self._seldom(name, name if fraction is None else f"{name} {fraction:.0%}")
+        """Write its name, and how much of it is done; what is done in a moment is not worth a line."""
+        if fraction is None:
+            self._seldom(name, name)
+        elif time.monotonic() - self._begun.setdefault(name, time.monotonic()) > QUIET_SECONDS:
+            self._seldom(name, f"{name} {fraction:.0%}")
 
     def step(self, progress: float, seconds_left: float, metrics: Mapping[str, float]) -> None:
         """Write the figures."""
@@ -123,7 +129,7 @@ class LiveReporter:
 
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
             console=Console(stderr=True, highlight=False),
