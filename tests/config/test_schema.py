@@ -45,6 +45,7 @@ def test_a_value_out_of_range_is_refused_by_its_dotted_name(name: str, value: An
         {"corpus.validation_fraction": 0.6, "corpus.test_fraction": 0.5},
         {"corpus.level": "byte", "corpus.vocabulary_size": 300},
         {"corpus.level": "bpe", "corpus.vocabulary_size": 100},
+        {"corpus.streaming": True},
         {"model.head": "last_step", "data.reset_at_documents": True},
     ],
 )

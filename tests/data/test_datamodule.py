@@ -44,7 +44,7 @@ def test_window_lengths_differ_between_epochs_and_repeat_with_the_seed(tmp_path:
 def test_a_streamed_corpus_gives_windows(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text(make_text(8000))
-    config = tiny(path, corpus__streaming=True, corpus__streaming_sample=5000)
+    config = tiny(path, corpus__streaming=True, corpus__streaming_sample=5000, trainer__max_steps=5)
     data = CorpusData(prepare(config.corpus), config.data, config.seed)
     assert data.windows_per_epoch() is None
     windows = list(data.train_dataloader())

@@ -367,6 +367,11 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         _require(self.name.strip() != "", "name", self.name, "some text")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+        if self.corpus.streaming and self.trainer.max_steps is None and self.trainer.max_minutes is None:
+            raise ConfigError(
+                "corpus.streaming needs trainer.max_steps or trainer.max_minutes: "
+                "a stream's length is not known, and the learning rate follows the share of the training done."
+            )
         if self.data.reset_at_documents and self.model.head == "last_step":
             raise ConfigError(
                 "data.reset_at_documents contradicts model.head last_step, which carries no state: "

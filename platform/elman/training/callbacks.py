@@ -99,6 +99,8 @@ class Limits(L.Callback):
             self.reason, trainer.should_stop = f"trainer.max_steps {c.max_steps} reached", True
         elif c.max_minutes is not None and self.seconds >= 60 * c.max_minutes:
             self.reason, trainer.should_stop = f"trainer.max_minutes {c.max_minutes:g} reached", True
+        elif c.max_epochs is not None and trainer.is_last_batch and trainer.current_epoch + 1 >= c.max_epochs:
+            trainer.should_stop = True  # which validates, wherever trainer.validate_every_steps stands
 
     def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
         """A long validation can be stopped too."""
