@@ -56,7 +56,9 @@ def test_a_run_holds_everything_and_the_best_model_is_the_one_tested(
     assert checkpoints == {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     assert not (Path("mlruns") / "checkpoints" / run.id).exists()
     samples = store.download(run.id, "samples.txt", tmp_path).read_text()
-    assert samples.count("===\n") == 3
+    assert samples.count(" ===\n") == 3
+    assert max(map(len, samples.splitlines())) <= 100
+    assert "| test |" in run.tags["mlflow.note.content"]
     assert load_config(ExperimentConfig, store.download(run.id, "config.yaml", tmp_path)) == config
     inputs = {entry.dataset.name: json.loads(entry.dataset.profile)
               for entry in store.client.get_run(run.id).inputs.dataset_inputs}  # fmt: skip

@@ -7,6 +7,7 @@ KILLED where the user stopped it.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import json
 import os
 import re
@@ -170,7 +171,9 @@ class RunStore:
             return str(found.experiment_id)
         location = str(local_root() / "artifacts" / name) if self.is_local else None
         try:
-            return str(self.client.create_experiment(name, artifact_location=location))
+            # Without its kind the UI takes every experiment for a chatbot's.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException:
             # Another process was faster.
             found = self.client.get_experiment_by_name(name)
@@ -190,9 +193,13 @@ class RunStore:
         from mlflow.entities import Param
 
         experiment_id = self.experiment_id()
-        created = self.client.create_run(
-            experiment_id, run_name=name, tags={**tags, "config.signature": signature(config)}
-        )
+        described = {
+            "config.signature": signature(config),
+            "mlflow.source.name": "elman",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": getpass.getuser(),
+        }
+        created = self.client.create_run(experiment_id, run_name=name, tags={**tags, **described})
         run = Run(self, created.info.run_id, experiment_id, name)
         status = "FAILED"
         try:
@@ -313,6 +320,10 @@ class Run:
         from mlflow.entities import RunTag
 
         self.store.client.log_batch(self.id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+
+    def describe(self, markdown: str) -> None:
+        """What the UI shows as the run's description."""
+        self.set_tags({"mlflow.note.content": markdown})
 
     def log_text(self, name: str, text: str) -> None:
         """A text artifact; the same name again replaces it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -268,5 +269,7 @@ class Samples(L.Callback):
             return
         bits = pl_module.bits.bits_per_byte(pl_module.validation.loss)
         title = f"step {trainer.global_step}, epoch {trainer.current_epoch + 1}: {bits:.3f} bits per byte"
-        self._text += f"=== {title} ===\n{self._write()}\n\n"
+        # The UI does not break lines.
+        lines = [wrapped for line in self._write().split("\n") for wrapped in textwrap.wrap(line, 100) or [""]]
+        self._text += "\n".join([f"=== {title} ===", *lines, "", ""])
         self._record(self._text)

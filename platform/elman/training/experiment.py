@@ -189,6 +189,7 @@ def _train(
         version, is_champion = register(run, uri, config.tracking.register, bits_per_byte=bits, digest=corpus.digest)
         registered = f"models:/{config.tracking.register}/{version}" + (" (champion)" if is_champion else "")
     run.set_tags({"ended_by": limits.reason})
+    run.describe(_summary(metrics, sample))
     return RunResult(
         run_id=run.id,
         name=run.name,
@@ -240,6 +241,18 @@ def _record_inputs(run: Run, corpus: PreparedCorpus) -> None:
         name=corpus.name, digest=corpus.digest, source=corpus.source,
         splits={name: _sizes(split) for name, split in corpus.splits.items()},
     )  # fmt: skip
+
+
+def _summary(metrics: Mapping[str, float], sample: str) -> str:
+    rows = [
+        f"| {name} | {metrics[f'{prefix}/loss']:.4f} | {metrics[f'{prefix}/perplexity']:.2f} "
+        f"| {metrics[f'{prefix}/bits_per_byte']:.4f} | {metrics[f'{prefix}/accuracy']:.1%} |"
+        for prefix, name in (("val", "validation"), ("test", "test"))
+        if f"{prefix}/loss" in metrics
+    ]
+    head = ["| | loss (nats) | perplexity | bits/byte | accuracy |", "| --- | --- | --- | --- | --- |"]
+    quoted = [f"> {line}" for line in sample.split("\n")]
+    return "\n".join([*head, *rows, "", *quoted])
 
 
 def _sizes(split: object) -> Mapping[str, object]:
