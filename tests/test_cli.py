@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_text
 
 from elman.cli import COMMANDS, main, table
+from support import make_text
 
 TINY = [
     "--trainer.max_steps", "6", "--trainer.validate_every_steps", "3", "--trainer.threads", "1",
-    "--model.embedding_size", "8", "--model.hidden_size", "16", "--data.batch_size", "8", "--data.sequence_length", "16",
+    "--model.embedding_size", "8", "--model.hidden_size", "16",
+    "--data.batch_size", "8", "--data.sequence_length", "16",
     "--corpus.validation_fraction", "0.1", "--corpus.test_fraction", "0.1", "--tracking.system_metrics", "false",
 ]  # fmt: skip
 

@@ -177,7 +177,7 @@ def test_a_stopped_run_is_killed_and_keeps_its_newest_state(store: RunStore, tex
     [
         ({"trainer__max_steps": 7}, "trainer.max_steps 7 reached"),
         ({"trainer__max_steps": None, "trainer__max_epochs": 2}, "all epochs done"),
-        ({"trainer__max_steps": None, "trainer__max_epochs": 1, "trainer__validate_every_steps": 1000}, "all epochs done"),
+        ({"trainer__max_steps": None, "trainer__max_epochs": 1, "trainer__validate_every_steps": 999}, "all epochs"),
         ({"trainer__max_minutes": 0.01, "trainer__max_steps": None, "trainer__max_epochs": 10_000}, "max_minutes 0.01"),
         ({"trainer__patience": 2, "trainer__validate_every_steps": 1, "optimizer__lr": 1e-12}, "trainer.patience 2"),
     ],
