@@ -143,9 +143,9 @@ def generate(arguments: Sequence[str]) -> int:
 
 def _generator(reference: str, tracking: TrackingConfig) -> Any:
     from elman.tasks.generation import TextGenerator
+    from elman.tasks.hardware import set_threads
     from elman.tracking.store import RunStore
     from elman.training.loading import load_model, needs_store
-    from elman.training.trainer import set_threads
 
     set_threads(None)
     loaded = load_model(reference, RunStore(tracking) if needs_store(reference) else None)

@@ -141,3 +141,11 @@ def test_a_streamed_corpus_is_described_by_what_is_on_disk(config, tmp_path) -> 
     facts = describe(prepare(replace(config, streaming=True, streaming_sample=2000), tmp_path / "cache"))
     assert facts["splits"]["train"]["tokens"] is None
     assert facts["sample"] == TEXT[:300]
+
+
+@pytest.mark.parametrize("level", ["byte", "character", "word"])
+def test_a_text_of_one_repeated_symbol_is_refused(tmp_path, level) -> None:
+    path = tmp_path / "monotonous.txt"
+    path.write_text("a " * 4000 if level == "word" else "a" * 4000)
+    with pytest.raises(DataError, match="nothing but 'a', repeated"):
+        prepare(CorpusConfig(name=str(path), level=level), tmp_path / "cache")

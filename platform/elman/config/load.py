@@ -207,4 +207,4 @@ class Flags:
             got = re.search(r"(?:Got value|Given value): (.*)", message)
             value = f", got {got[1]}" if got else ""
             return f"--{key[1]} must be {describe_type(self.known[key[1]])}{value}."
-        return f"{self.parser.prog}: {message.splitlines()[0].strip()}"
+        return f"{message.splitlines()[0].strip()}: `{self.parser.prog} --help` tells what it takes."

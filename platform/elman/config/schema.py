@@ -8,6 +8,7 @@ library only, so that this module loads in a blink.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
@@ -37,6 +38,12 @@ def _probability(name: str, value: float | None) -> None:
 
 def _not_negative(name: str, value: float) -> None:
     _require(value >= 0 and isfinite(value), name, value, "zero or a positive number")
+
+
+def _name(name: str, value: str | None) -> None:
+    """Names become folders and addresses: an allow-list keeps ``../`` and invisible characters out of both."""
+    holds = value is None or re.fullmatch(r"\w[\w .,+=()-]{0,127}", value) is not None
+    _require(holds, name, value, "a name of up to 128 letters, digits, spaces and . , + = ( ) _ -")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,10 +350,8 @@ class TrackingConfig:
     """Sample processor, memory and GPU use while training."""
 
     def __post_init__(self) -> None:
-        _require(self.experiment.strip() != "", "tracking.experiment", self.experiment, "a name")
-        if self.register is not None:
-            _require(self.register.strip() != "" and not set(self.register) & set("/:@\\"), "tracking.register",
-                     self.register, "a name without / : @ or \\")
+        _name("tracking.experiment", self.experiment)
+        _name("tracking.register", self.register)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +370,7 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _require(self.name.strip() != "", "name", self.name, "some text")
+        _name("name", self.name)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.corpus.streaming and self.trainer.max_steps is None and self.trainer.max_minutes is None:
             raise ConfigError(

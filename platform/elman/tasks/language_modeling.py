@@ -19,9 +19,9 @@ from elman.config.schema import OptimizerConfig
 from elman.errors import DivergenceError
 from elman.models.language_model import LanguageModel
 from elman.models.state import State, detach
+from elman.tasks.hardware import Precision, autocast
 from elman.tasks.metrics import Bits, Scores, Tally, count_correct
 from elman.tasks.optimizers import NTASGD, build_optimizer
-from elman.tasks.precision import Precision, autocast
 from elman.tasks.schedule import Schedule
 
 REMEDIES = "lower optimizer.lr, lower optimizer.max_grad_norm, or set trainer.precision fp32"

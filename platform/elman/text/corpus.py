@@ -7,6 +7,7 @@ corpus only finds it, checks what can be checked at once, and computes its diges
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -240,7 +241,8 @@ class _RowStream:
 
 @contextmanager
 def _told(described: str) -> Iterator[None]:
-    """Turn what ``datasets`` raises into one line of ours."""
+    """Turn what ``datasets`` raises into one line of ours; it logs the same error on its own account."""
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
         yield
     except DataError:

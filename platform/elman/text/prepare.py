@@ -163,6 +163,8 @@ def _write(
             splits[name] = _write_split(folder, name, stream, tokenizer, spelling, advance, corpus.rows_are_lines)
         if not splits[name].tokens:
             raise _empty(name, config, splits)
+        if name == "train":
+            _refuse_monotony(folder / "train.bin", tokenizer, config)
     shared = {} if corpus.rows_are_lines else _shared(splits)
     return {
         "format": _FORMAT,
@@ -188,6 +190,14 @@ def _write_split(folder: Path, name: str, stream: Stream, tokenizer: Tokenizer, 
         sink.flush()
         os.fsync(sink.fileno())
     return text
+
+
+def _refuse_monotony(path: Path, tokenizer: Tokenizer, config: CorpusConfig) -> None:
+    """A text of one symbol, repeated, has nothing to predict, and every model of it is perfect."""
+    tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r")
+    if not any((tokens[place : place + 2**20] != tokens[0]).any() for place in range(0, len(tokens), 2**20)):
+        symbol = tokenizer.symbols[int(tokens[0])]
+        raise DataError(f"{config.name}: the training split is nothing but {symbol!r}, repeated: use another text.")
 
 
 def _empty(name: str, config: CorpusConfig, splits: dict[str, EncodedText]) -> DataError:

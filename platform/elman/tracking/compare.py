@@ -54,7 +54,7 @@ def compare_runs(runs: Sequence[RunSummary]) -> Comparison:
                 "(another digest): their figures do not compare."
             )
     notes = []
-    if len(digests) > 1:
+    if len({digest for found in digests.values() for digest in found}) > 1:
         notes.append("the runs are on different corpora: their figures do not compare")
     unfinished = [run.name for run in runs if run.status != "FINISHED"]
     if unfinished:

@@ -8,14 +8,13 @@ from elman.config.schema import DataConfig, ExperimentConfig
 from elman.data.datamodule import evaluation_loader
 from elman.errors import ConfigError
 from elman.models.language_model import LanguageModel
+from elman.tasks.hardware import Precision, resolve_device, resolve_precision, set_threads
 from elman.tasks.language_modeling import evaluate
 from elman.tasks.metrics import Scores
-from elman.tasks.precision import Precision, resolve_device, resolve_precision
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus, PreparedSplit
 from elman.training.loading import LoadedModel
 from elman.training.progress import Reporter
-from elman.training.trainer import set_threads
 
 
 def _score(

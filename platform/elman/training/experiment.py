@@ -12,11 +12,12 @@ import torch
 
 from elman.config.schema import ExperimentConfig, GenerationConfig
 from elman.data.datamodule import CorpusData
+from elman.errors import ConfigError
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
 from elman.tasks.generation import TextGenerator
+from elman.tasks.hardware import Precision, resolve_device, resolve_precision, set_threads
 from elman.tasks.language_modeling import LanguageModeling
-from elman.tasks.precision import Precision, resolve_device, resolve_precision
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus, PreparedSplit
 from elman.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from elman.training.evaluation import score_splits
 from elman.training.export import log_model
 from elman.training.loading import model_weights, provenance, read_checkpoint
 from elman.training.progress import Reporter, Silence
-from elman.training.trainer import build_trainer, seed_everything, set_threads
+from elman.training.trainer import build_trainer, seed_everything
 
 SAMPLE_CHARACTERS = 400
 """Length of the text that a training ends with."""
@@ -105,10 +106,13 @@ def run_experiment(
     corpus = prepare(config.corpus, progress=reporter.stage)
     data = CorpusData(corpus, config.data, config.seed)
     model = build_language_model(config, corpus.tokenizer)
-    _announce(reporter, config, corpus, model, device, precision)
-    if config.trainer.sample_length:
-        TextGenerator(model, corpus.tokenizer).encode(config.trainer.sample_prompt)
+    unknown = corpus.tokenizer.unknown_symbols(config.trainer.sample_prompt)
+    if unknown:
+        raise ConfigError(
+            f"trainer.sample_prompt has {unknown[0]!r}, which the training split lacks: leave it out of the prompt."
+        )
     store = store or RunStore(config.tracking)
+    _announce(reporter, config, corpus, model, device, precision)
     tags = _tags(corpus, precision)
     with StopSignals() as signals, store.start_run(config, run_name(config, model), tags) as run:
         reporter.note(f"run {run.id} ({run.name})")

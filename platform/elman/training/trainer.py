@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import warnings
 from collections.abc import Sequence
@@ -13,18 +12,8 @@ import numpy as np
 import torch
 
 from elman.config.schema import TrainerConfig
-from elman.tasks.precision import Precision
+from elman.tasks.hardware import Precision
 from elman.tracking.logger import RunLogger
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def set_threads(threads: int | None) -> None:
-    """Let torch use that many threads; None, one per core. More of them than cores is ten times slower."""
-    torch.set_num_threads(threads or available_cores())
 
 
 def seed_everything(seed: int) -> None:

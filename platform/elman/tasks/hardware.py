@@ -1,7 +1,8 @@
-"""Which arithmetic a device is fast in."""
+"""The device, the arithmetic it is fast in, and the threads to use."""
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -10,6 +11,13 @@ import torch
 from elman.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use that many threads; None, one per core. More of them than cores is ten times slower."""
+    # In a container a process may use fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or cores or 1)
 
 
 def resolve_device(setting: str) -> torch.device:
