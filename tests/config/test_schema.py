@@ -21,7 +21,8 @@ from elman.errors import ConfigError
         ("optimizer.decay_factor", 1.0), ("data.batch_size", 0), ("data.sequence_length", 0),
         ("trainer.max_epochs", 0), ("trainer.max_minutes", 0.0), ("trainer.accumulate_windows", 0),
         ("corpus.validation_fraction", 0.0), ("corpus.test_fraction", 1.0), ("corpus.min_count", 0),
-        ("corpus.name", " "), ("seed", -1), ("name", ""), ("name", "x" * 129), ("name", "a\u202eb"), ("name", "a\x00"), ("tracking.register", "a/b"),
+        ("corpus.name", " "), ("seed", -1), ("name", ""), ("name", "x" * 129),
+        ("name", "a\u202eb"), ("name", "a\x00"), ("tracking.register", "a/b"),
         ("tracking.experiment", "../x"), ("tracking.experiment", ".hidden"),
     ],
 )  # fmt: skip

@@ -98,9 +98,10 @@ class RunStore:
     def _connect(self) -> MlflowClient:
         import logging
 
-        # MLflow announces every database migration; that its tables exist is no news.
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        # MLflow announces every database migration, and urllib3 every attempt to reach a server: what
+        # comes of them is said once, by us.
+        for name in ("alembic", "mlflow.store.db.utils", "urllib3"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             if self.is_local:
                 root = local_root()

@@ -23,16 +23,14 @@ def _score(
     return evaluate(model, evaluation_loader(split, data, model.start_id), device, precision)
 
 
-def score_splits(
+def score_test(
     model: LanguageModel, corpus: PreparedCorpus, data: DataConfig, device: torch.device, precision: Precision
 ) -> dict[str, float]:
-    """The model's figures on the validation split and, where there is one, the test split."""
-    metrics: dict[str, float] = {}
-    for name, prefix in (("validation", "val"), ("test", "test")):
-        split = corpus.splits.get(name)
-        if isinstance(split, PreparedSplit):
-            metrics |= _score(model, split, data, device, precision).metrics(prefix, split)
-    return metrics
+    """The model's figures on the test split; none where there is no such split."""
+    split = corpus.splits.get("test")
+    if not isinstance(split, PreparedSplit):
+        return {}
+    return _score(model, split, data, device, precision).metrics("test", split)
 
 
 def evaluate_model(

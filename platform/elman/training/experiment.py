@@ -27,7 +27,7 @@ from elman.tracking.plots import loss_curves
 from elman.tracking.registry import register
 from elman.tracking.store import Run, RunStore, local_root, without_password
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
-from elman.training.evaluation import score_splits
+from elman.training.evaluation import score_test
 from elman.training.export import log_model
 from elman.training.loading import model_weights, provenance, read_checkpoint
 from elman.training.progress import Reporter, Silence
@@ -172,14 +172,15 @@ def _train(
 
     reporter.stage("testing the best checkpoint")
     model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
-    metrics = score_splits(model, corpus, config.data, device, precision)
-    run.metrics.add({key: value for key, value in metrics.items() if key.startswith("test/")}, trainer.global_step)
+    test = score_test(model, corpus, config.data, device, precision)
+    run.metrics.add(test, trainer.global_step)
+    metrics = recorder.best | test
     model.cpu()
     sample = write_sample(generator, config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed)
     parameters = count_parameters(model)
     speed = recorder.tokens / max(recorder.seconds, 1e-9)
     run.metrics.add(
-        {"best/" + key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/")}
+        {"best/" + key.removeprefix("val/"): value for key, value in recorder.best.items()}
         | {"training/seconds": seconds, "training/tokens_per_second": speed, "model/parameters": parameters["total"]},
         trainer.global_step,
     )
