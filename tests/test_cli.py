@@ -39,8 +39,8 @@ def test_a_training_ends_with_a_table_a_sample_and_the_next_commands(
 ) -> None:
     code, out, err = run("train", "--corpus.name", str(text_file), *TINY, capsys=capsys)
     assert code == 0
-    for word in ("validation", "test", "perplexity", "bits/byte", "parameters", "tokens/s", "elman generate", "make ui",
-                 "400 characters"):  # fmt: skip
+    for word in ("validation", "test", "perplexity", "bits/byte", "parameters", "tokens/s", "elman generate",
+                 "elman ui", "400 characters"):  # fmt: skip
         assert word in out
     sample = out.split("own ───\n")[1].split("\n───\n")[0]
     assert len(sample) == 400
@@ -120,6 +120,8 @@ def test_compare_shows_what_differs_and_draws(
         (["evaluate"], "model"),
         (["compare", "one"], "two or more runs"),
         (["corpus", "hub:"], "hub:OWNER/NAME"),
+        (["corpus", "pipe"], "neither a file nor a directory"),
+        (["runs", "--limit", "0"], "--limit must be from 1"),
         (["ui", "--port", "0"], "--port"),
     ],
 )
@@ -127,6 +129,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
     workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     Path("empty.txt").write_text("")
+    os.mkfifo("pipe")
     Path("short.txt").write_text("a short text\n" * 3)
     Path("latin1.txt").write_bytes(b"a\xe9t\xe9 " * 100)
     Path("unknown.yaml").write_text("model: {size: 3}")
@@ -192,6 +195,15 @@ def test_a_reader_that_has_seen_enough_is_no_error(workplace: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("| setting")
     assert done.stderr == ""
+
+
+def test_sorting_by_a_metric_that_no_run_has_is_refused(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("runs", "--sort", "test/bits_per_byte", capsys=capsys)[0] == 0
+    code, _, err = run("runs", "--sort", "test/bits_per_bite", capsys=capsys)
+    assert code == 2
+    assert "Did you mean test/bits_per_byte?" in err
 
 
 def test_a_table_is_aligned() -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from elman.tracking.store import RunStore, RunSummary
     from elman.training.experiment import RunResult
 
+WHERE = ("uri", "experiment")
+"""What a command that only reads runs needs to know of tracking."""
+
 JSON_HELP = "Print exactly one JSON object on standard output."
 
 
@@ -95,8 +98,12 @@ def _report(result: RunResult, config: ExperimentConfig) -> str:
         f"{duration(result.seconds)} of training · {result.ended_by}"
     )
     prompt = "The " if config.corpus.name == "bible-asv" else ""
-    more = [f'elman generate {result.run_id} --prompt "{prompt}"', "elman runs", "make ui"]
-    more.append("make search-NAME" if Path("pipelines/searches").is_dir() else "make compare RUNS=\"RUN RUN\"")
+    more = [f'elman generate {result.run_id} --prompt "{prompt}"', "elman runs"]
+    if Path("Makefile").is_file() and Path("pipelines").is_dir():
+        more = [f'make generate MODEL={result.run_id} PROMPT="{prompt}"', "make runs", "make ui"]
+        more.append("make search-NAME" if Path("pipelines/searches").is_dir() else 'make compare RUNS="RUN RUN"')
+    else:
+        more += ["elman ui", "elman compare RUN RUN"]
     registered = [f"registered as {result.registered}"] if result.registered else []
     return "\n".join(
         ["", table(rows), "", facts, *registered, "", f"─── {len(result.sample)} characters of its own ───",
@@ -111,7 +118,7 @@ def generate(arguments: Sequence[str]) -> int:
     flags.add_option("prompt", str, "Text to continue; empty starts from the beginning of a text.", "")
     flags.add_option("on-unknown", str, "What characters the model never saw do: refuse, or skip.", "refuse")
     flags.add_settings(GenerationConfig)
-    flags.add_settings(TrackingConfig, prefix="tracking.")
+    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
     values, given = flags.parse(arguments)
     if values["on-unknown"] not in ("refuse", "skip"):
         raise ConfigError(f"--on-unknown must be refuse or skip, got {values['on-unknown']!r}.")
@@ -197,10 +204,18 @@ def runs(arguments: Sequence[str]) -> int:
     flags.add_option("filter", str, f"MLflow filter, such as: {example}", "")
     flags.add_option("sort", str, "Metric to sort by, the lowest first; null sorts by time, the newest first.", None)
     flags.add_option("limit", int, "Most runs to list.", 20)
-    flags.add_settings(TrackingConfig, prefix="tracking.")
+    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
     values, given = flags.parse(arguments)
+    if not 1 <= values["limit"] <= 50_000:
+        raise ConfigError(f"--limit must be from 1 to 50,000, got {values['limit']}.")
     order = [f"metrics.`{values['sort']}` ASC"] if values["sort"] else []
     found = _store(flags, given).runs(filter_string=values["filter"], order_by=order, limit=values["limit"])
+    measured = {metric for run in found for metric in run.metrics}
+    if values["sort"] and measured and values["sort"] not in measured:
+        from elman.config.tree import nearest
+
+        hint = nearest(values["sort"], measured)
+        raise ConfigError(f"--sort {values['sort']} is a metric of none of these runs.{hint}")
     if values["json"]:
         _print_json({"runs": [_run_json(run) for run in found]})
     elif not found:
@@ -238,7 +253,7 @@ def compare(arguments: Sequence[str]) -> int:
     flags = _flags("compare")
     flags.add_positional("runs", "Two or more run ids.", nargs="+")
     flags.add_option("output", str, "PNG for the overlaid curves; null puts it under mlruns/comparisons.", None)
-    flags.add_settings(TrackingConfig, prefix="tracking.")
+    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
     values, given = flags.parse(arguments)
     if len(values["runs"]) < 2:
         raise ConfigError("elman compare needs two or more runs: `elman runs` lists them.")
@@ -408,7 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from elman.tracking.store import StoppedError
 
         if isinstance(error, StoppedError):
-            print(f"elman: {error}; its newest checkpoint is kept with the run.", file=sys.stderr)
+            kept = f"; run {error.run_id} keeps its newest checkpoint" if error.run_id else ""
+            print(f"elman: {error}{kept}.", file=sys.stderr)
             return 143 if error.signal_number == signal.SIGTERM else 130
         traceback.print_exc()
         print(f"elman: internal error: {type(error).__name__}: {error}", file=sys.stderr)

@@ -172,6 +172,33 @@ def test_a_stopped_run_is_killed_and_keeps_its_newest_state(store: RunStore, tex
     assert load_model(run.id, store).config.name == "tiny"
 
 
+@pytest.mark.parametrize("moment", ["testing", "recording"])
+def test_a_signal_after_the_last_step_stops_too(store: RunStore, text_file: Path, moment: str) -> None:
+    class Stopper(Silence):
+        def stage(self, name: str, fraction: float | None = None) -> None:
+            if name.startswith(moment):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError) as stop:
+        run_experiment(tiny(text_file, trainer__max_steps=3), store, Stopper())
+    [run] = store.runs()
+    assert (run.status, run.id) == ("KILLED", stop.value.run_id)
+    assert load_model(run.id, store).config.name == "tiny"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_leaves_at_once_and_the_status_is_still_true(store: RunStore, text_file: Path) -> None:
+    class Stopper(Silence):
+        def validated(self, epoch: float, step: int, metrics: Any, is_best: bool) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the second was waited for")
+
+    with pytest.raises(StoppedError):
+        run_experiment(tiny(text_file), store, Stopper())
+    assert [run.status for run in store.runs()] == ["KILLED"]
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -157,11 +157,13 @@ class Flags:
             self.parser.add_argument(f"--{name}", type=hint, default=default, help=help_text)
         self.known[name] = hint
 
-    def add_settings(self, cls: type, *, only: Sequence[str] = (), prefix: str = "") -> None:
-        """A flag for every setting of a dataclass (or of the named sections alone), its name prefixed."""
+    def add_settings(
+        self, cls: type, *, only: Sequence[str] = (), prefix: str = "", leaves: Sequence[str] = ()
+    ) -> None:
+        """A flag for every setting of a dataclass (or of the named sections or leaves alone), its name prefixed."""
         for setting in settings(cls, prefix).values():
             section = setting.name.rpartition(".")[0]
-            if only and section not in only:
+            if (only and section not in only) or (leaves and setting.name.rpartition(".")[2] not in leaves):
                 continue
             if section not in self._sections:
                 title = section or ("experiment" if "corpus.name" in settings(cls) else "settings")

@@ -41,6 +41,8 @@ def find_files(name: str, setting: str, known: Iterable[str] = ()) -> tuple[list
     if path.is_dir():
         return _in_directory(path)
     if path.exists():
+        if not path.is_file():  # a pipe would be read once and waited for ever after
+            raise DataError(f"{setting}: {name} is neither a file nor a directory: save the text to a file.")
         _check_readable(path)
         return [path], []
     if glob.has_magic(name):

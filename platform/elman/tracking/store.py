@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import re
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,9 @@ class StoppedError(Exception):
     """
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped by the user")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+        self.run_id: str | None = None
 
 
 def without_password(uri: str) -> str:
@@ -209,8 +211,8 @@ class RunStore:
             run.log_text("config.yaml", without_password(dump_yaml(config)))
             yield run
             status = "FINISHED"
-        except StoppedError:
-            status = "KILLED"
+        except StoppedError as stop:
+            status, stop.run_id = "KILLED", run.id
             raise
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"

@@ -25,11 +25,13 @@ from elman.training.progress import Reporter
 class StopSignals:
     """Turns Ctrl-C and SIGTERM into a wish that the training honours at the end of the step in hand.
 
-    A second Ctrl-C is Python's own again, and leaves at once.
+    A second signal leaves at once, and so does the first where ``at_once`` is set: before
+    and after the training there is no step to wait for.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at_once = True
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -50,8 +52,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        leave = self.at_once or self.received is not None
         self.received = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        if leave:
+            raise StoppedError(number)
 
 
 class Limits(L.Callback):
@@ -74,6 +78,7 @@ class Limits(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock. Lightning has taken SIGTERM for itself by now, and would end as if all were well."""
         self._signals.arm()
+        self._signals.at_once = False
         self.started = time.monotonic()
 
     def progress(self, trainer: L.Trainer, batch_idx: int) -> float:

@@ -25,7 +25,7 @@ from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
 from elman.tracking.registry import register
-from elman.tracking.store import Run, RunStore, local_root, without_password
+from elman.tracking.store import Run, RunStore, StoppedError, local_root, without_password
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
 from elman.training.evaluation import score_test
 from elman.training.export import log_model
@@ -168,6 +168,9 @@ def _train(
         callbacks=callbacks,
     )
     trainer.fit(task, datamodule=data)
+    signals.at_once = True
+    if signals.received is not None:
+        raise StoppedError(signals.received)
     seconds = limits.seconds
 
     reporter.stage("testing the best checkpoint")
