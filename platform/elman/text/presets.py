@@ -30,6 +30,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "tiny-shakespeare": Preset(
         repository="karpathy/tiny_shakespeare",
+        revision="refs/convert/parquet",
         licence="public domain",
         citation="Karpathy (2015), The Unreasonable Effectiveness of Recurrent Neural Networks; char-rnn",
     ),
