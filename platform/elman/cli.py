@@ -209,7 +209,8 @@ def runs(arguments: Sequence[str]) -> int:
     if not 1 <= values["limit"] <= 50_000:
         raise ConfigError(f"--limit must be from 1 to 50,000, got {values['limit']}.")
     order = [f"metrics.`{values['sort']}` ASC"] if values["sort"] else []
-    found = _store(flags, given).runs(filter_string=values["filter"], order_by=order, limit=values["limit"])
+    store = _store(flags, given)
+    found = store.runs(filter_string=values["filter"], order_by=order, limit=values["limit"])
     measured = {metric for run in found for metric in run.metrics}
     if values["sort"] and measured and values["sort"] not in measured:
         from elman.config.tree import nearest
@@ -219,7 +220,7 @@ def runs(arguments: Sequence[str]) -> int:
     if values["json"]:
         _print_json({"runs": [_run_json(run) for run in found]})
     elif not found:
-        print("No runs yet: `make train` makes the first one.")
+        print(f"No runs in experiment {store.config.experiment} yet: `elman train` makes the first one.")
     else:
         rows = [["run", "name", "status", "started", "val bits/byte", "test bits/byte", "parameters"]]
         rows.extend(

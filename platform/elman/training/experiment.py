@@ -290,4 +290,6 @@ def _announce(
     why = ""
     if config.trainer.precision == "auto":
         why = " (this hardware multiplies bfloat16)" if precision == "bf16" else " (it has no bfloat16 multiplier)"
-    reporter.note(f"on {device.type} with {torch.get_num_threads()} threads, in {precision}{why}")
+    threads = torch.get_num_threads()
+    plural = "thread" if threads == 1 else "threads"
+    reporter.note(f"on {device.type} with {threads} {plural}, in {precision}{why}")
