@@ -64,6 +64,13 @@ class CorpusConfig:
     test_fraction: float = 0.05
     """Share of the characters, at the end, cut off as test split where the corpus has no official
     split; 0 makes none."""
+    folds: int | None = None
+    """Blocks of running text that k-fold cross-validation cuts the training text into, together with what
+    would be cut off it as validation split; None makes no folds."""
+    fold: int = 0
+    """Which block is the validation split, counted from 0; the others are the training split."""
+    fold_gap: int = 1000
+    """Characters left out on either side of the held-out block, so that nothing leaks over its borders."""
     config: str | None = None
     """Configuration of a hub data set; None takes its default."""
     split: str | None = None
@@ -94,6 +101,7 @@ class CorpusConfig:
         _probability("corpus.test_fraction", self.test_fraction)
         _require(self.validation_fraction + self.test_fraction < 1, "corpus.validation_fraction + corpus.test_fraction",
                  self.validation_fraction + self.test_fraction, "below 1")
+        self._check_folds()
         _require(self.streaming_sample >= 1000, "corpus.streaming_sample", self.streaming_sample, "at least 1000")
         _require(self.min_count >= 1, "corpus.min_count", self.min_count, "at least 1")
         _require(self.document_separator != "", "corpus.document_separator", self.document_separator,
@@ -108,6 +116,19 @@ class CorpusConfig:
         if self.level in ("byte", "bpe"):
             _require(self.min_count == 1, "corpus.min_count", self.min_count,
                      f"1 at corpus.level {self.level}, which has no unknown tokens")
+
+
+    def _check_folds(self) -> None:
+        _require(self.fold_gap >= 0, "corpus.fold_gap", self.fold_gap, "zero or more")
+        if self.folds is None:
+            _require(self.fold == 0, "corpus.fold", self.fold, "0 where corpus.folds is null")
+            return
+        _require(self.folds >= 2, "corpus.folds", self.folds, "at least 2, or null")
+        _require(0 <= self.fold < self.folds, "corpus.fold", self.fold, f"from 0 to {self.folds - 1}")
+        _require(not self.streaming, "corpus.folds", self.folds,
+                 "null with corpus.streaming, which cannot leave out a block")
+        _require(self.validation_file is None, "corpus.folds", self.folds,
+                 "null with corpus.validation_file: a fold is its own validation split")
 
 
 @dataclass(frozen=True, kw_only=True)

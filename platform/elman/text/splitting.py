@@ -12,7 +12,16 @@ from elman.text.streams import ChainStream, RangeStream, Stream, count_character
 
 
 def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
-    """Cut what splits are wanting off the end of the training text, as contiguous ranges of characters."""
+    """Cut what splits are wanting off the end of the training text, as contiguous ranges of characters.
+
+    With ``corpus.folds``, all that training and validation would share is cut into that many blocks
+    instead, one of which is held out: for blocked cross-validation. An official validation split stays
+    out of it.
+
+    Source: Burman, Chow & Nolan (1994), doi:10.1093/biomet/81.2.351 (blocks of dependent data, with a gap).
+    """
+    if config.folds is not None:
+        return _fold(streams, config)
     validation, test = _wanting(streams, config)
     if not validation and not test:
         return _in_order(streams)
@@ -25,6 +34,24 @@ def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
     if test:
         parts["test"] = RangeStream(base, second, characters)
     return _in_order(streams | parts)
+
+
+def _fold(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
+    assert config.folds is not None
+    parts = {split: stream for split, stream in streams.items() if split == "test"}
+    base = streams["train"]
+    characters = total = count_characters(base)
+    _, test = _wanting(streams, config)
+    if test:
+        total = int(characters * (1 - test))
+        parts["test"] = RangeStream(base, total, characters)
+    begin, end = (total * i // config.folds for i in (config.fold, config.fold + 1))
+    rest = []
+    if begin - config.fold_gap > 0:
+        rest.append(RangeStream(base, 0, begin - config.fold_gap))
+    if end + config.fold_gap < total:
+        rest.append(RangeStream(base, end + config.fold_gap, total))
+    return _in_order(parts | {"train": ChainStream(rest), "validation": RangeStream(base, begin, end)})
 
 
 def cut_streamed(streams: dict[str, Stream], config: CorpusConfig) -> tuple[dict[str, Stream], Stream]:

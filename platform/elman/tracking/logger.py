@@ -12,11 +12,18 @@ from elman.tracking.buffer import MetricBuffer
 
 
 class RunLogger(Logger):
-    """Sends metrics to the buffer; the run's status is none of its business."""
+    """Sends metrics to the buffer; the run's status is none of its business.
 
-    def __init__(self, metrics: MetricBuffer, name: str, run_id: str) -> None:
+    Args:
+        metrics: The run's.
+        name: The run's.
+        run_id: The run's.
+        prefix: Goes before every metric's name, where several trainings share a run.
+    """
+
+    def __init__(self, metrics: MetricBuffer, name: str, run_id: str, prefix: str = "") -> None:
         super().__init__()
-        self._metrics, self._name, self._run_id = metrics, name, run_id
+        self._metrics, self._name, self._run_id, self._prefix = metrics, name, run_id, prefix
 
     @property
     def name(self) -> str:
@@ -30,7 +37,7 @@ class RunLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Note values at a step."""
-        self._metrics.add(metrics, step or 0)
+        self._metrics.add({self._prefix + name: value for name, value in metrics.items()}, step or 0)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run holds every setting before training begins."""

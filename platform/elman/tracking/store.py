@@ -14,7 +14,7 @@ import re
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,31 +184,62 @@ class RunStore:
                 raise
             return str(found.experiment_id)
 
-    @contextmanager
-    def start_run(self, config: ExperimentConfig, name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    def start_run(
+        self, config: ExperimentConfig, name: str, tags: Mapping[str, str], parent: str | None = None
+    ) -> AbstractContextManager[Run]:
         """Open a run for a configuration; its end decides the status.
 
         Args:
             config: Recorded whole, as params and as config.yaml.
             name: What the UI calls it.
             tags: Recorded with it.
+            parent: Id of the run that it belongs to.
+        """
+        params = {key: _as_text(value) for key, value in flatten(config).items()}
+        described = {**tags, "config.signature": signature(config)}
+        return self.open_run(name, params, described, parent=parent, files={"config.yaml": dump_yaml(config)})
+
+    @contextmanager
+    def open_run(
+        self,
+        name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        *,
+        parent: str | None = None,
+        files: Mapping[str, str] | None = None,
+        resume: str | None = None,
+    ) -> Iterator[Run]:
+        """Open a run, or open one again; its end decides the status.
+
+        Args:
+            name: What the UI calls it.
+            params: Recorded with it, once.
+            tags: Recorded with it.
+            parent: Id of the run that it belongs to.
+            files: Text artifacts that it begins with.
+            resume: Id of a run to go on with; its params and files stand.
         """
         from mlflow.entities import Param
 
         experiment_id = self.experiment_id()
-        described = {
-            "config.signature": signature(config),
-            "mlflow.source.name": "elman",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": getpass.getuser(),
-        }
-        created = self.client.create_run(experiment_id, run_name=name, tags={**tags, **described})
-        run = Run(self, created.info.run_id, experiment_id, name)
+        if resume is not None:
+            self.client.update_run(resume, status="RUNNING")
+            run = Run(self, resume, experiment_id, name)
+        else:
+            described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",
+                         "mlflow.user": getpass.getuser()}  # fmt: skip
+            if parent is not None:
+                described["mlflow.parentRunId"] = parent
+            created = self.client.create_run(experiment_id, run_name=name, tags=described)
+            run = Run(self, created.info.run_id, experiment_id, name)
         status = "FAILED"
         try:
-            shown = {key: without_password(_as_text(value)) for key, value in flatten(config).items()}
-            self.client.log_batch(run.id, params=[Param(key, value) for key, value in shown.items()])
-            run.log_text("config.yaml", without_password(dump_yaml(config)))
+            if resume is None:
+                shown = [Param(key, without_password(value)) for key, value in params.items()]
+                self.client.log_batch(run.id, params=shown)
+                for file, text in (files or {}).items():
+                    run.log_text(file, without_password(text))
             yield run
             status = "FINISHED"
         except StoppedError as stop:
@@ -216,12 +247,41 @@ class RunStore:
             raise
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.client.set_tag(run.id, "error", without_password(first_line)[:500])
+            self.client.set_tag(run.id, "error", _first_line(error))
             raise
         finally:
             run.flush()
             self.client.set_terminated(run.id, status=status)
+
+    def children(self, parent: str, *, running: bool = False) -> list[RunSummary]:
+        """The runs that belong to a run, the oldest first.
+
+        Args:
+            parent: Its id.
+            running: Only those that are, or that nobody has ended.
+        """
+        wanted = f"tags.`mlflow.parentRunId` = '{parent}'" + (" and attributes.status = 'RUNNING'" if running else "")
+        return self.runs(filter_string=wanted, order_by=["attributes.start_time ASC"], limit=50_000)
+
+    def abandon(self, run_id: str, reason: str) -> None:
+        """End a run whose process is gone."""
+        self.client.set_tag(run_id, "error", without_password(reason)[:500])
+        self.client.set_terminated(run_id, status="FAILED")
+
+    def exists(self, run_id: str) -> bool:
+        """Whether this store has the run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException:
+            return False
+
+    def delete_artifact(self, run_id: str, path: str) -> None:
+        """Remove an artifact; one that is not there is no matter."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        get_artifact_repository(self.client.get_run(run_id).info.artifact_uri).delete_artifacts(path)
 
     def find_run(self, run_id: str) -> RunSummary:
         """A run by its id, or by the first eight or more digits of it.
@@ -367,6 +427,11 @@ class Run:
             for split, profile in splits.items()
         ]
         self.store.client.log_inputs(self.id, inputs)
+
+
+def _first_line(error: BaseException) -> str:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_password(first_line)[:500]
 
 
 def _as_text(value: object) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
 import torch
 
 from elman.config.schema import ExperimentConfig, GenerationConfig
-from elman.data.datamodule import CorpusData
+from elman.data.datamodule import CorpusData, check_lengths
 from elman.errors import ConfigError
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
@@ -60,6 +61,29 @@ class RunResult:
     registered: str | None
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A training that came to its end.
+
+    Attributes:
+        model: With the best checkpoint's weights.
+        best: The best checkpoint's validation figures, by their names in MLflow.
+        checkpoint: The best checkpoint's file.
+        step: Optimizer steps done.
+        tokens_per_second: Over the training alone, validation not counted.
+        seconds: Wall time of the whole training, with validation.
+        ended_by: What ended it.
+    """
+
+    model: LanguageModel
+    best: dict[str, float]
+    checkpoint: Path
+    step: int
+    tokens_per_second: float
+    seconds: float
+    ended_by: str
+
+
 def build_language_model(config: ExperimentConfig, tokenizer: Tokenizer) -> LanguageModel:
     """The network for a configuration and a vocabulary, its weights drawn from the configuration's seed."""
     seed_everything(config.seed)
@@ -90,9 +114,21 @@ def write_sample(generator: TextGenerator, prompt: str, characters: int, seed: i
 
 
 def run_experiment(
-    config: ExperimentConfig, store: RunStore | None = None, reporter: Reporter | None = None
+    config: ExperimentConfig,
+    store: RunStore | None = None,
+    reporter: Reporter | None = None,
+    *,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Train, test and record one configuration.
+
+    Args:
+        config: All of it.
+        store: Where to record; None opens the one that the configuration names.
+        reporter: Watches.
+        parent: Id of the run that this one belongs to.
+        tags: Recorded with it.
 
     Raises:
         ElmanError: The configuration or the corpus cannot be used; nothing has been recorded.
@@ -104,7 +140,7 @@ def run_experiment(
     device = resolve_device(config.trainer.device)
     precision = resolve_precision(config.trainer.precision, device)
     corpus = prepare(config.corpus, progress=reporter.stage)
-    data = CorpusData(corpus, config.data, config.seed)
+    check_lengths(corpus, config.data)
     model = build_language_model(config, corpus.tokenizer)
     unknown = corpus.tokenizer.unknown_symbols(config.trainer.sample_prompt)
     if unknown:
@@ -113,34 +149,65 @@ def run_experiment(
         )
     store = store or RunStore(config.tracking)
     _announce(reporter, config, corpus, model, device, precision)
-    tags = _tags(corpus, precision)
-    with StopSignals() as signals, store.start_run(config, run_name(config, model), tags) as run:
-        reporter.note(f"run {run.id} ({run.name})")
-        record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
-        folder = local_root() / "checkpoints" / run.id
-        with record, _kept_checkpoints(run, folder):
-            _record_inputs(run, corpus)
-            try:
-                return _train(config, run, corpus, data, model, reporter, signals, folder, device, precision)
-            finally:
-                reporter.close()
+    with StopSignals() as signals:
+        opened = store.start_run(config, run_name(config, model), {**run_tags(corpus, precision), **(tags or {})}, parent)
+        with opened as run:
+            reporter.note(f"run {run.id} ({run.name})")
+            record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
+            folder = checkpoint_folder(run.id)
+            with record, _kept_checkpoints(run, folder):
+                _record_inputs(run, corpus)
+                try:
+                    logger = RunLogger(run.metrics, run.name, run.id)
+                    samples = _samples(config, model, corpus, run)
+                    done = fit(
+                        config, corpus, model, logger=logger, folder=folder, signals=signals, reporter=reporter,
+                        watchers=samples, device=device, precision=precision,
+                    )  # fmt: skip
+                    return _conclude(config, run, corpus, done, reporter, device, precision)
+                finally:
+                    reporter.close()
 
 
-def _train(
+def checkpoint_folder(run_id: str) -> Path:
+    """Where a run's checkpoints are while it trains."""
+    return local_root() / "checkpoints" / run_id
+
+
+def fit(
     config: ExperimentConfig,
-    run: Run,
     corpus: PreparedCorpus,
-    data: CorpusData,
     model: LanguageModel,
-    reporter: Reporter,
-    signals: StopSignals,
+    *,
+    logger: RunLogger,
     folder: Path,
+    signals: StopSignals,
+    reporter: Reporter,
+    watchers: Sequence[L.Callback] = (),
     device: torch.device,
     precision: Precision,
-) -> RunResult:
-    generator = TextGenerator(model, corpus.tokenizer)
+) -> Fit:
+    """Train a model; the best checkpoint and the newest are in ``folder`` afterwards.
+
+    Args:
+        config: All of it but where it is tracked.
+        corpus: Prepared.
+        model: With fresh weights; it ends with the best checkpoint's.
+        logger: Takes the metrics.
+        folder: For best.ckpt and last.ckpt.
+        signals: The user's wish to stop.
+        reporter: Watches.
+        watchers: Callbacks that act after all others.
+        device: Where to train.
+        precision: Arithmetic.
+
+    Raises:
+        DivergenceError: The loss became NaN or infinite.
+        StoppedError: The user stopped it.
+    """
     validation, train = corpus.splits["validation"], corpus.splits["train"]
     assert isinstance(validation, PreparedSplit)
+    data = CorpusData(corpus, config.data, config.seed)
     task = LanguageModeling(
         model,
         config.optimizer,
@@ -150,66 +217,103 @@ def _train(
     )
     limits = Limits(config.trainer, signals)
     recorder = Recorder(config.trainer, limits, reporter, train if isinstance(train, PreparedSplit) else None)
-    facts = provenance(config, corpus)
     checkpoints = Checkpoints(
-        folder, {"architecture": model.architecture, "tokenizer": corpus.tokenizer.to_json(), "provenance": facts}
+        folder,
+        {
+            "architecture": model.architecture,
+            "tokenizer": corpus.tokenizer.to_json(),
+            "provenance": provenance(config, corpus),
+        },
     )
-    callbacks = [limits, recorder, checkpoints]
-    if config.trainer.sample_length:
-        def write() -> str:
-            return write_sample(generator, config.trainer.sample_prompt, config.trainer.sample_length, config.seed)
-
-        callbacks.append(Samples(write, lambda text: run.log_text("samples.txt", text)))
     trainer = build_trainer(
         config.trainer,
         device=device,
         precision=precision,
-        logger=RunLogger(run.metrics, run.name, run.id),
-        callbacks=callbacks,
+        logger=logger,
+        callbacks=[limits, recorder, checkpoints, *watchers],
     )
     trainer.fit(task, datamodule=data)
     signals.at_once = True
     if signals.received is not None:
         raise StoppedError(signals.received)
-    seconds = limits.seconds
-
-    reporter.stage("testing the best checkpoint")
     model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
-    test = score_test(model, corpus, config.data, device, precision)
-    run.metrics.add(test, trainer.global_step)
-    metrics = recorder.best | test
-    model.cpu()
-    sample = write_sample(generator, config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed)
-    parameters = count_parameters(model)
-    speed = recorder.tokens / max(recorder.seconds, 1e-9)
-    run.metrics.add(
-        {"best/" + key.removeprefix("val/"): value for key, value in recorder.best.items()}
-        | {"training/seconds": seconds, "training/tokens_per_second": speed, "model/parameters": parameters["total"]},
-        trainer.global_step,
+    return Fit(
+        model=model,
+        best=recorder.best,
+        checkpoint=checkpoints.best,
+        step=trainer.global_step,
+        tokens_per_second=recorder.tokens / max(recorder.seconds, 1e-9),
+        seconds=limits.seconds,
+        ended_by=limits.reason,
     )
+
+
+def _samples(
+    config: ExperimentConfig, model: LanguageModel, corpus: PreparedCorpus, run: Run
+) -> Sequence[L.Callback]:
+    if not config.trainer.sample_length:
+        return ()
+    generator = TextGenerator(model, corpus.tokenizer)
+
+    def write() -> str:
+        return write_sample(generator, config.trainer.sample_prompt, config.trainer.sample_length, config.seed)
+
+    return (Samples(write, lambda text: run.log_text("samples.txt", text)),)
+
+
+def _conclude(
+    config: ExperimentConfig,
+    run: Run,
+    corpus: PreparedCorpus,
+    done: Fit,
+    reporter: Reporter,
+    device: torch.device,
+    precision: Precision,
+) -> RunResult:
+    """Test the best checkpoint, and record what came of the training."""
+    model = done.model
+    reporter.stage("testing the best checkpoint")
+    test = score_test(model, corpus, config.data, device, precision)
+    run.metrics.add(test, done.step)
+    metrics = done.best | test
+    model.cpu()
+    sample = write_sample(
+        TextGenerator(model, corpus.tokenizer), config.trainer.sample_prompt, SAMPLE_CHARACTERS, config.seed
+    )
+    parameters = count_parameters(model)
+    run.metrics.add(final_figures(done, parameters["total"]), done.step)
     reporter.stage("recording the model")
     run.metrics.flush()
     run.log_figure("loss_curves.png", _figure(run))
-    uri = log_model(run, model, corpus.tokenizer, facts, example=sample[:20])
+    uri = log_model(run, model, corpus.tokenizer, provenance(config, corpus), example=sample[:20])
     registered = None
     if config.tracking.register is not None:
         bits = metrics.get("test/bits_per_byte", metrics["val/bits_per_byte"])
         version, is_champion = register(run, uri, config.tracking.register, bits_per_byte=bits, digest=corpus.digest)
         registered = f"models:/{config.tracking.register}/{version}" + (" (champion)" if is_champion else "")
-    run.set_tags({"ended_by": limits.reason})
+    run.set_tags({"ended_by": done.ended_by})
     run.describe(_summary(metrics, sample))
     return RunResult(
         run_id=run.id,
         name=run.name,
         metrics=metrics,
         parameters=parameters,
-        tokens_per_second=speed,
-        seconds=seconds,
+        tokens_per_second=done.tokens_per_second,
+        seconds=done.seconds,
         sample=sample,
         model_uri=uri,
-        ended_by=limits.reason,
+        ended_by=done.ended_by,
         registered=registered,
     )
+
+
+def final_figures(done: Fit, parameters: int) -> dict[str, float]:
+    """What a training came to, by the names that runs are compared by."""
+    return {"best/" + key.removeprefix("val/"): value for key, value in done.best.items()} | {
+        "training/seconds": done.seconds,
+        "training/tokens_per_second": done.tokens_per_second,
+        "model/parameters": parameters,
+    }
 
 
 @contextmanager
@@ -230,7 +334,8 @@ def _figure(run: Run) -> object:
     return loss_curves({run.name: curves})
 
 
-def _tags(corpus: PreparedCorpus, precision: Precision) -> dict[str, str]:
+def run_tags(corpus: PreparedCorpus, precision: Precision) -> dict[str, str]:
+    """What tells runs apart that no setting does: the text, the vocabulary, the arithmetic, the code."""
     commit, diff = code_state()
     fingerprint = corpus.tokenizer.fingerprint
     tags = {"corpus.digest": corpus.digest, "precision": precision, "tokenizer.fingerprint": fingerprint}
