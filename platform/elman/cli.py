@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 from elman import __version__
 from elman.config.load import Flags, load_config
 from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
-from elman.errors import ConfigError, DivergenceError, ElmanError
+from elman.config.search import SearchConfig
+from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError
 
 if TYPE_CHECKING:
+    from elman.config.plan import SearchPlan
+    from elman.search.study import SearchResult
     from elman.tracking.store import RunStore, RunSummary
     from elman.training.experiment import RunResult
 
@@ -108,6 +111,120 @@ def _report(result: RunResult, config: ExperimentConfig) -> str:
     return "\n".join(
         ["", table(rows), "", facts, *registered, "", f"─── {len(result.sample)} characters of its own ───",
          result.sample, "───", "", "next:", *(f"  {command}" for command in more)]
+    )  # fmt: skip
+
+
+def search(arguments: Sequence[str]) -> int:
+    """Search settings: many trials, tracked, and an answer."""
+    flags = _flags("search")
+    flags.add_option("config", str, "Search file: base experiment, study, space.")
+    flags.add_option("workers", int, "Short for --search.workers.")
+    flags.add_option("storage", str, "Short for --search.storage.")
+    flags.add_option("join", str, "Study to add this machine's workers to, instead of running one; needs --storage.")
+    flags.add_settings(SearchConfig)
+    flags.add_settings(ExperimentConfig)
+    values, given = flags.parse(arguments)
+    changes = {name: value for name, value in given.items() if name not in ("config", "json", "join")}
+    for short in ("workers", "storage"):
+        if short in changes:
+            changes[f"search.{short}"] = changes.pop(short)
+
+    from elman.config.plan import load_plan
+    from elman.training.progress import terminal_reporter
+
+    reporter = terminal_reporter()
+    try:
+        if values["join"] is not None:
+            return _join(values["join"], changes, values["json"], reporter)
+        if values["config"] is None:
+            raise ConfigError("elman search needs --config FILE: pipelines/searches/ has some.")
+        plan = load_plan(values["config"], changes)
+        reporter.stage("loading libraries")
+        from elman.search.study import run_search
+
+        result = run_search(plan, reporter)
+    finally:
+        reporter.close()
+    if values["json"]:
+        _print_json(
+            {"run_id": result.run_id, "name": result.name, "best": result.best, "point": result.point,
+             "values": dict(zip(plan.config.study.metrics, result.values, strict=True)),
+             "standard_error": result.standard_error, "front": result.front, "trials": result.trials,
+             "fits": result.fits, "seconds": result.seconds,
+             "retrained": [{"run_id": r.run_id, "metrics": r.metrics, "registered": r.registered}
+                           for r in result.retrained]}
+        )  # fmt: skip
+    else:
+        print(_search_report(result, plan))
+    return 0
+
+
+def _join(name: str, changes: Mapping[str, Any], as_json: bool, reporter: Any) -> int:
+    from elman.config.tree import build
+    from elman.config.tree import settings as settings_of
+
+    own = {key: value for key, value in changes.items() if key in settings_of(SearchConfig)}
+    if "search.storage" not in own:
+        raise ConfigError("--join needs --storage URL: where the study is kept.")
+    base = build(ExperimentConfig, {key: value for key, value in changes.items() if key not in own})
+    reporter.stage("loading libraries")
+    from elman.search.study import join_study
+
+    done = join_study(name, build(SearchConfig, own), base, reporter)
+    if as_json:
+        _print_json({"study": name, "trials": done})
+    else:
+        print(f"The study {name} is finished; {done} of its trials were trained here.")
+    return 0
+
+
+def _search_report(result: SearchResult, plan: SearchPlan) -> str:
+    from elman.training.progress import duration
+
+    metrics = plan.config.study.metrics
+    spread = "" if result.standard_error is None else f" ± {result.standard_error:.4f} (standard error)"
+    figures = ", ".join(f"{m} {v:,.4f}{spread}" for m, v in zip(metrics, result.values, strict=True))
+    counts = ", ".join(f"{n} {state}" for state, n in result.trials.items() if n)
+    rule = "" if plan.config.study.choose == "best" else ", the smallest within one standard error of the best"
+    lines = ["", f"trial {result.best}{rule}: {figures}", *(f"  {k}: {_shown(v)}" for k, v in result.point.items()), ""]
+    if len(result.front) > 1:
+        lines += [f"{len(result.front)} trials on the Pareto front: {', '.join(map(str, result.front))}", ""]
+    if result.retrained:
+        rows = [["trained again", "run", "validation bits/byte", "test bits/byte"]]
+        for one in result.retrained:
+            test = one.metrics.get("test/bits_per_byte")
+            rows.append([one.name, one.run_id[:12], f"{one.metrics['val/bits_per_byte']:.4f}",
+                         "–" if test is None else f"{test:.4f}"])  # fmt: skip
+        lines += [table(rows), ""]
+    lines += [
+        f"{counts}; {result.fits} trainings in {duration(result.seconds)} · run {result.run_id}",
+        "",
+        "next:",
+        f"  elman train --config best.yaml   # an artifact of run {result.run_id[:12]}: the winner's settings",
+        "  elman ui                         # trials, plots, importances",
+        "  elman dashboard                  # the study in optuna-dashboard",
+    ]
+    if result.retrained:
+        lines.insert(-2, f"  elman generate {result.retrained[0].run_id}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def dashboard(arguments: Sequence[str]) -> int:
+    """Open optuna-dashboard on the studies."""
+    flags = _flags("dashboard")
+    flags.add_option("port", int, "Port on 127.0.0.1.", 8080)
+    flags.add_option("storage", str, "Where the studies are; null takes sqlite under ./mlruns.")
+    values, _ = flags.parse(arguments)
+
+    from elman.search.dashboard import serve_dashboard
+
+    return serve_dashboard(
+        values["storage"], values["port"],
+        ready=lambda address: print(f"optuna-dashboard: {address} (Ctrl-C ends it)", flush=True),
     )  # fmt: skip
 
 
@@ -368,7 +485,8 @@ def ui(arguments: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (train, evaluate, generate, runs, compare, corpus, settings, ui)
+    command.__name__: command
+    for command in (train, search, evaluate, generate, runs, compare, corpus, settings, ui, dashboard)
 }
 """Every command, declared here alone; its summary is its docstring."""
 
@@ -410,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ElmanError as error:
         print(f"elman: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except DivergenceError as error:
+    except (DivergenceError, SearchFailedError) as error:
         print(f"elman: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -34,3 +34,10 @@ class DivergenceError(Exception):
 
     Not the user's slip but the training's outcome: the run is FAILED and the exit code 1.
     """
+
+
+class SearchFailedError(Exception):
+    """A search that came to no answer.
+
+    Not the user's slip but the trials' outcome: the exit code is 1.
+    """

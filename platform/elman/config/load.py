@@ -89,21 +89,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def read_settings(cls: type, path: str | Path) -> dict[str, Any]:
+    """Dotted settings of a YAML file, each of its type.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting is unknown or of another type; the line names the file.
+    """
+    try:
+        flat = flatten_mapping(cls, read_yaml(path))
+        known = settings(cls)
+        return {name: coerce(known[name], value) for name, value in flat.items()}
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+
 def load_config(cls: type[T], path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> T:
     """The configuration that a file and flags (dotted name → value) make.
 
     Raises:
         ConfigError: Anything is refused; the line names the file or the flag.
     """
-    from_file: dict[str, Any] = {}
-    if path is not None:
-        try:
-            from_file = flatten_mapping(cls, read_yaml(path))
-            known = settings(cls)
-            from_file = {name: coerce(known[name], value) for name, value in from_file.items()}
-        except ConfigError as error:
-            message = str(error)
-            raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+    from_file = {} if path is None else read_settings(cls, path)
     merged = from_file | dict(flags or {})
     try:
         return build(cls, merged)

@@ -22,28 +22,28 @@ Place = Literal["embedding", "input", "layer", "output"]
 RECURRENT_CELLS = ("rnn", "lstm", "gru", "gru_reset_before")
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
+def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Refuse a value: ``name`` must be ``rule``. Written so that NaN fails every comparison."""
     if not holds:
         raise ConfigError(f"{name} must be {rule}, got {value!r}.")
 
 
 def _positive(name: str, value: float | None) -> None:
-    _require(value is None or (value > 0 and isfinite(value)), name, value, "a positive number")
+    require(value is None or (value > 0 and isfinite(value)), name, value, "a positive number")
 
 
 def _probability(name: str, value: float | None) -> None:
-    _require(value is None or 0 <= value < 1, name, value, "at least 0 and below 1")
+    require(value is None or 0 <= value < 1, name, value, "at least 0 and below 1")
 
 
 def _not_negative(name: str, value: float) -> None:
-    _require(value >= 0 and isfinite(value), name, value, "zero or a positive number")
+    require(value >= 0 and isfinite(value), name, value, "zero or a positive number")
 
 
-def _name(name: str, value: str | None) -> None:
+def check_name(name: str, value: str | None) -> None:
     """Names become folders and addresses: an allow-list keeps ``../`` and invisible characters out of both."""
     holds = value is None or re.fullmatch(r"\w[\w .,+=()-]{0,127}", value) is not None
-    _require(holds, name, value, "a name of up to 128 letters, digits, spaces and . , + = ( ) _ -")
+    require(holds, name, value, "a name of up to 128 letters, digits, spaces and . , + = ( ) _ -")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,39 +95,39 @@ class CorpusConfig:
     """A word or character seen less often in the training split becomes `<unk>`."""
 
     def __post_init__(self) -> None:
-        _require(self.name.strip() != "", "corpus.name", self.name, "a name or a path")
-        _require(0 < self.validation_fraction < 1, "corpus.validation_fraction", self.validation_fraction,
+        require(self.name.strip() != "", "corpus.name", self.name, "a name or a path")
+        require(0 < self.validation_fraction < 1, "corpus.validation_fraction", self.validation_fraction,
                  "above 0 and below 1")
         _probability("corpus.test_fraction", self.test_fraction)
-        _require(self.validation_fraction + self.test_fraction < 1, "corpus.validation_fraction + corpus.test_fraction",
+        require(self.validation_fraction + self.test_fraction < 1, "corpus.validation_fraction + corpus.test_fraction",
                  self.validation_fraction + self.test_fraction, "below 1")
         self._check_folds()
-        _require(self.streaming_sample >= 1000, "corpus.streaming_sample", self.streaming_sample, "at least 1000")
-        _require(self.min_count >= 1, "corpus.min_count", self.min_count, "at least 1")
-        _require(self.document_separator != "", "corpus.document_separator", self.document_separator,
+        require(self.streaming_sample >= 1000, "corpus.streaming_sample", self.streaming_sample, "at least 1000")
+        require(self.min_count >= 1, "corpus.min_count", self.min_count, "at least 1")
+        require(self.document_separator != "", "corpus.document_separator", self.document_separator,
                  "some text, or null for none")
-        _require(self.column != "", "corpus.column", self.column, "the name of a column")
+        require(self.column != "", "corpus.column", self.column, "the name of a column")
         if self.vocabulary_size is not None:
-            _require(self.level != "byte", "corpus.vocabulary_size", self.vocabulary_size,
+            require(self.level != "byte", "corpus.vocabulary_size", self.vocabulary_size,
                      "null at corpus.level byte, which always has 256")
             least = 257 if self.level == "bpe" else 3
-            _require(self.vocabulary_size >= least, "corpus.vocabulary_size", self.vocabulary_size,
+            require(self.vocabulary_size >= least, "corpus.vocabulary_size", self.vocabulary_size,
                      f"at least {least} at corpus.level {self.level}")
         if self.level in ("byte", "bpe"):
-            _require(self.min_count == 1, "corpus.min_count", self.min_count,
+            require(self.min_count == 1, "corpus.min_count", self.min_count,
                      f"1 at corpus.level {self.level}, which has no unknown tokens")
 
 
     def _check_folds(self) -> None:
-        _require(self.fold_gap >= 0, "corpus.fold_gap", self.fold_gap, "zero or more")
+        require(self.fold_gap >= 0, "corpus.fold_gap", self.fold_gap, "zero or more")
         if self.folds is None:
-            _require(self.fold == 0, "corpus.fold", self.fold, "0 where corpus.folds is null")
+            require(self.fold == 0, "corpus.fold", self.fold, "0 where corpus.folds is null")
             return
-        _require(self.folds >= 2, "corpus.folds", self.folds, "at least 2, or null")
-        _require(0 <= self.fold < self.folds, "corpus.fold", self.fold, f"from 0 to {self.folds - 1}")
-        _require(not self.streaming, "corpus.folds", self.folds,
+        require(self.folds >= 2, "corpus.folds", self.folds, "at least 2, or null")
+        require(0 <= self.fold < self.folds, "corpus.fold", self.fold, f"from 0 to {self.folds - 1}")
+        require(not self.streaming, "corpus.folds", self.folds,
                  "null with corpus.streaming, which cannot leave out a block")
-        _require(self.validation_file is None, "corpus.folds", self.folds,
+        require(self.validation_file is None, "corpus.folds", self.folds,
                  "null with corpus.validation_file: a fold is its own validation split")
 
 
@@ -186,37 +186,37 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("embedding_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}", value, "at least 1")
+            require(value >= 1, f"model.{name}", value, "at least 1")
         for name in ("last_hidden_size", "parameter_budget"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"model.{name}", value, "at least 1, or null")
+            require(value is None or value >= 1, f"model.{name}", value, "at least 1, or null")
         for name in ("dropout", "embedding_dropout", "input_dropout", "layer_dropout", "output_dropout",
                      "weight_dropout"):
             _probability(f"model.{name}", getattr(self, name))
-        _require(isfinite(self.forget_bias), "model.forget_bias", self.forget_bias, "finite")
-        _require(len(set(self.variational)) == len(self.variational), "model.variational", self.variational,
+        require(isfinite(self.forget_bias), "model.forget_bias", self.forget_bias, "finite")
+        require(len(set(self.variational)) == len(self.variational), "model.variational", self.variational,
                  "a list that names each place once")
         if self.cell != "rnn":
-            _require(self.nonlinearity == "tanh", "model.nonlinearity", self.nonlinearity,
+            require(self.nonlinearity == "tanh", "model.nonlinearity", self.nonlinearity,
                      f"tanh with model.cell {self.cell}; only rnn has a choice")
         if self.cell != "lstm":
-            _require(self.forget_bias == 1.0, "model.forget_bias", self.forget_bias,
+            require(self.forget_bias == 1.0, "model.forget_bias", self.forget_bias,
                      f"left at 1.0 with model.cell {self.cell}; only lstm has a forget gate's bias to set")
         if self.layer_dropout:
-            _require(self.num_layers > 1, "model.layer_dropout", self.layer_dropout,
+            require(self.num_layers > 1, "model.layer_dropout", self.layer_dropout,
                      "0 or null with model.num_layers 1; there is nothing between layers")
         if self.cell == "transformer":
             self._check_transformer()
 
     def _check_transformer(self) -> None:
         if self.parameter_budget is None:
-            _require(self.hidden_size % (2 * self.num_heads) == 0, "model.hidden_size", self.hidden_size,
+            require(self.hidden_size % (2 * self.num_heads) == 0, "model.hidden_size", self.hidden_size,
                      f"a multiple of 2 × model.num_heads ({2 * self.num_heads}) with model.cell transformer")
-        _require(self.last_hidden_size is None, "model.last_hidden_size", self.last_hidden_size,
+        require(self.last_hidden_size is None, "model.last_hidden_size", self.last_hidden_size,
                  "null with model.cell transformer, whose blocks are of one size")
-        _require(self.initial_state == "zero", "model.initial_state", self.initial_state,
+        require(self.initial_state == "zero", "model.initial_state", self.initial_state,
                  "zero with model.cell transformer, which has no hidden state")
-        _require(self.weight_dropout == 0, "model.weight_dropout", self.weight_dropout,
+        require(self.weight_dropout == 0, "model.weight_dropout", self.weight_dropout,
                  "0 with model.cell transformer, which has no recurrent weights")
 
     def dropout_at(self, place: Place) -> float:
@@ -244,7 +244,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "evaluation_batch_size"):
             value = getattr(self, name)
-            _require(value >= 1, f"data.{name}", value, "at least 1")
+            require(value >= 1, f"data.{name}", value, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,21 +294,21 @@ class OptimizerConfig:
             _not_negative(f"optimizer.{name}", getattr(self, name))
         for name in ("warmup_steps", "decay_start_epoch", "decay_patience"):
             value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}", value, "zero or more")
+            require(value >= 0, f"optimizer.{name}", value, "zero or more")
         for name in ("decay_every_epochs", "nonmonotone_interval"):
             value = getattr(self, name)
-            _require(value >= 1, f"optimizer.{name}", value, "at least 1")
+            require(value >= 1, f"optimizer.{name}", value, "at least 1")
         _probability("optimizer.momentum", self.momentum)
         for beta in self.betas:
             _probability("optimizer.betas", beta)
-        _require(0 <= self.final_lr_fraction <= 1, "optimizer.final_lr_fraction", self.final_lr_fraction,
+        require(0 <= self.final_lr_fraction <= 1, "optimizer.final_lr_fraction", self.final_lr_fraction,
                  "from 0 to 1")
-        _require(0 < self.decay_factor < 1, "optimizer.decay_factor", self.decay_factor, "above 0 and below 1")
+        require(0 < self.decay_factor < 1, "optimizer.decay_factor", self.decay_factor, "above 0 and below 1")
         if self.name in ("adam", "adamw"):
-            _require(self.momentum == 0, "optimizer.momentum", self.momentum,
+            require(self.momentum == 0, "optimizer.momentum", self.momentum,
                      f"0 with optimizer.name {self.name}; set optimizer.betas instead")
         if self.nesterov:
-            _require(self.name == "sgd" and self.momentum > 0, "optimizer.nesterov", self.nesterov,
+            require(self.name == "sgd" and self.momentum > 0, "optimizer.nesterov", self.nesterov,
                      "false unless optimizer.name is sgd with a positive optimizer.momentum")
 
 
@@ -344,12 +344,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("max_epochs", "max_steps", "threads", "validate_every_steps", "patience"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null")
+            require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null")
         _positive("trainer.max_minutes", self.max_minutes)
         for name in ("accumulate_windows", "log_every_steps"):
             value = getattr(self, name)
-            _require(value >= 1, f"trainer.{name}", value, "at least 1")
-        _require(self.sample_length >= 0, "trainer.sample_length", self.sample_length, "zero or more")
+            require(value >= 1, f"trainer.{name}", value, "at least 1")
+        require(self.sample_length >= 0, "trainer.sample_length", self.sample_length, "zero or more")
         if self.max_epochs is None and self.max_steps is None and self.max_minutes is None:
             raise ConfigError(
                 "trainer.max_epochs, trainer.max_steps and trainer.max_minutes are all null: "
@@ -371,8 +371,8 @@ class TrackingConfig:
     """Sample processor, memory and GPU use while training."""
 
     def __post_init__(self) -> None:
-        _name("tracking.experiment", self.experiment)
-        _name("tracking.register", self.register)
+        check_name("tracking.experiment", self.experiment)
+        check_name("tracking.register", self.register)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,8 +391,8 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _name("name", self.name)
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
+        check_name("name", self.name)
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 4294967295")
         if self.corpus.streaming and self.trainer.max_steps is None and self.trainer.max_minutes is None:
             raise ConfigError(
                 "corpus.streaming needs trainer.max_steps or trainer.max_minutes: "
@@ -433,13 +433,13 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("length", "beams", "samples"):
             value = getattr(self, name)
-            _require(value >= 1, f"--{name}", value, "at least 1")
+            require(value >= 1, f"--{name}", value, "at least 1")
         _not_negative("--temperature", self.temperature)
-        _require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1")
-        _require(self.top_p is None or 0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
-        _require(self.min_p is None or 0 <= self.min_p <= 1, "--min_p", self.min_p, "from 0 to 1")
+        require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1")
+        require(self.top_p is None or 0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "--min_p", self.min_p, "from 0 to 1")
         _positive("--repetition_penalty", self.repetition_penalty)
-        _require(self.stop != "", "--stop", self.stop, "some text")
-        _require(0 <= self.seed < 2**32, "--seed", self.seed, "from 0 to 4294967295")
+        require(self.stop != "", "--stop", self.stop, "some text")
+        require(0 <= self.seed < 2**32, "--seed", self.seed, "from 0 to 4294967295")
         if self.beams > 1:
-            _require(self.samples <= self.beams, "--samples", self.samples, f"at most --beams ({self.beams})")
+            require(self.samples <= self.beams, "--samples", self.samples, f"at most --beams ({self.beams})")

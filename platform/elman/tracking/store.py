@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from elman.config.load import dump_yaml
@@ -281,7 +281,8 @@ class RunStore:
         """Remove an artifact; one that is not there is no matter."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        get_artifact_repository(self.client.get_run(run_id).info.artifact_uri).delete_artifacts(path)
+        repository = get_artifact_repository(self.client.get_run(run_id).info.artifact_uri)
+        repository.delete_artifacts(path)  # type: ignore[no-untyped-call]  # mlflow's
 
     def find_run(self, run_id: str) -> RunSummary:
         """A run by its id, or by the first eight or more digits of it.
@@ -401,11 +402,12 @@ class Run:
         self.store.client.log_artifact(self.id, str(path), folder)
 
     def log_figure(self, name: str, figure: Any) -> None:
-        """A matplotlib figure as PNG."""
+        """A matplotlib figure as PNG; its name may have a folder."""
+        place = PurePosixPath(name)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
-            figure.savefig(path, dpi=120)
-            self.log_file(path)
+            path = Path(folder) / place.name
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+            self.log_file(path, None if place.parent == PurePosixPath() else str(place.parent))
 
     def log_dataset(self, *, name: str, digest: str, source: str, splits: Mapping[str, Mapping[str, object]]) -> None:
         """The corpus as MLflow inputs: one per split, with its sizes as profile."""

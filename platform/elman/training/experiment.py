@@ -150,8 +150,8 @@ def run_experiment(
     store = store or RunStore(config.tracking)
     _announce(reporter, config, corpus, model, device, precision)
     with StopSignals() as signals:
-        opened = store.start_run(config, run_name(config, model), {**run_tags(corpus, precision), **(tags or {})}, parent)
-        with opened as run:
+        described = {**run_tags(corpus, precision), **(tags or {})}
+        with store.start_run(config, run_name(config, model), described, parent) as run:
             reporter.note(f"run {run.id} ({run.name})")
             record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
             folder = checkpoint_folder(run.id)
@@ -167,6 +167,16 @@ def run_experiment(
                     return _conclude(config, run, corpus, done, reporter, device, precision)
                 finally:
                     reporter.close()
+
+
+def run_lengths(config: ExperimentConfig, corpus: PreparedCorpus) -> int | None:
+    """Optimizer steps of a whole training; None where only its minutes bound it, or the corpus is a stream."""
+    c = config.trainer
+    windows = CorpusData(corpus, config.data, config.seed).windows_per_epoch()
+    bounds = [] if c.max_steps is None else [c.max_steps]
+    if c.max_epochs is not None and windows is not None:
+        bounds.append(c.max_epochs * -(-windows // c.accumulate_windows))
+    return min(bounds) if bounds and c.max_minutes is None else None
 
 
 def checkpoint_folder(run_id: str) -> Path:

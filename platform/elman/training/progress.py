@@ -21,8 +21,8 @@ class Reporter(Protocol):
         """A line worth reading once."""
         ...
 
-    def stage(self, name: str, fraction: float | None = None) -> None:
-        """Something before or after the training goes on; ``fraction`` of it is done."""
+    def stage(self, name: str, fraction: float | None = None, figures: str = "") -> None:
+        """Something beside the training goes on; ``fraction`` of it is done, and it stands like this."""
         ...
 
     def step(self, progress: float, seconds_left: float, metrics: Mapping[str, float]) -> None:
@@ -44,7 +44,7 @@ class Silence:
     def note(self, text: str) -> None:
         """Say nothing."""
 
-    def stage(self, name: str, fraction: float | None = None) -> None:
+    def stage(self, name: str, fraction: float | None = None, figures: str = "") -> None:
         """Say nothing."""
 
     def step(self, progress: float, seconds_left: float, metrics: Mapping[str, float]) -> None:
@@ -101,10 +101,14 @@ class PlainReporter:
             self._last[kind] = now
             self.note(text)
 
-    def stage(self, name: str, fraction: float | None = None) -> None:
+    def stage(self, name: str, fraction: float | None = None, figures: str = "") -> None:
         """Write its name, and how much of it is done; what is done in a moment is not worth a line."""
         if fraction is None:
             self._seldom(name, name)
+        elif figures:
+            self._seldom(name, f"{fraction:4.0%}  {figures}")
+        elif fraction == 0:
+            self._begun[name] = time.monotonic()
         elif time.monotonic() - self._begun.setdefault(name, time.monotonic()) > QUIET_SECONDS:
             self._seldom(name, f"{name} {fraction:.0%}")
 
@@ -152,9 +156,9 @@ class LiveReporter:
         """Write it above the bar."""
         self._progress.console.print(text, markup=False, soft_wrap=True)
 
-    def stage(self, name: str, fraction: float | None = None) -> None:
+    def stage(self, name: str, fraction: float | None = None, figures: str = "") -> None:
         """Show its name, and how much of it is done."""
-        self._show(name, fraction)
+        self._show(name, fraction, figures)
 
     def step(self, progress: float, seconds_left: float, metrics: Mapping[str, float]) -> None:
         """Move the bar."""

@@ -1,0 +1,145 @@
+"""A search file, read: what to vary around which experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elman.config.load import read_settings, read_yaml
+from elman.config.schema import ExperimentConfig
+from elman.config.search import SearchConfig
+from elman.config.tree import build, coerce, flatten, flatten_mapping, nearest, settings
+from elman.errors import ConfigError, SearchSpaceError
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search file, read: what to vary around which experiment.
+
+    Attributes:
+        source: The file, for messages.
+        base: The experiment that every trial starts from.
+        config: Study, workers, ceilings.
+        space: Dotted setting → its bounds or choices, as the file has them.
+        enqueue: Known good points, dotted setting → value; tried first.
+    """
+
+    source: str
+    base: ExperimentConfig
+    config: SearchConfig
+    space: dict[str, Any]
+    enqueue: tuple[dict[str, Any], ...] = ()
+
+
+KEYS = ("base", "settings", "study", "search", "constraints", "space", "enqueue")
+"""What a search file holds at its top: ``settings`` changes the base experiment for every trial alike."""
+
+
+def load_plan(path: str | Path, flags: Mapping[str, Any] | None = None) -> SearchPlan:
+    """The plan that a search file and flags make.
+
+    Args:
+        path: Of the file; paths in it are relative to its folder.
+        flags: Dotted settings of the search or of the experiment; they win.
+
+    Raises:
+        ConfigError: A setting is refused; the line names the file or the flag.
+        SearchSpaceError: There is no space, or an enqueued point lies outside it.
+    """
+    try:
+        return _plan(path, read_yaml(path), dict(flags or {}))
+    except SearchSpaceError:
+        raise
+    except ConfigError as error:
+        own = str(error).startswith(str(path)) or any(str(error).startswith(name) for name in flags or {})
+        raise ConfigError(str(error) if own else f"{path}: {error}") from None
+
+
+def _plan(path: str | Path, tree: Mapping[str, Any], given: Mapping[str, Any]) -> SearchPlan:
+    for key in tree:
+        if key not in KEYS:
+            raise SearchSpaceError(f"{path}: {key} is not part of a search file.{nearest(str(key), KEYS)}")
+    own = {name: value for name, value in given.items() if name in settings(SearchConfig)}
+    changes = {name: value for name, value in given.items() if name not in own}
+    sections = {
+        key: _mapping(path, key, tree[key]) for key in ("study", "search", "constraints") if tree.get(key) is not None
+    }
+    flat = flatten_mapping(SearchConfig, sections)
+    if "study.name" not in flat and "study.name" not in own:
+        flat["study.name"] = Path(path).stem
+    if (flat | own).get("study.sampler") != "grid" and "study.minutes" not in flat | own:
+        flat.setdefault("study.trials", 20)
+    base: dict[str, Any] = {}
+    if tree.get("base") is not None:
+        base = read_settings(ExperimentConfig, _beside(path, tree["base"], "base"))
+    if tree.get("settings") is not None:
+        base |= flatten_mapping(ExperimentConfig, _mapping(path, "settings", tree["settings"]))
+    return SearchPlan(
+        source=str(path),
+        base=build(ExperimentConfig, base | changes),
+        config=build(SearchConfig, flat | own),
+        space=_space(path, tree.get("space")),
+        enqueue=_enqueued(path, tree),
+    )
+
+
+def _beside(path: str | Path, value: Any, key: str) -> Path:
+    if not isinstance(value, str):
+        raise SearchSpaceError(f"{path}: {key} must be the path of an experiment file, got {value!r}.")
+    return Path(path).parent / value
+
+
+def _mapping(path: str | Path, key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SearchSpaceError(f"{path}: {key} must be a mapping of settings, got {value!r}.")
+    return value
+
+
+def _space(path: str | Path, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or not given:
+        raise SearchSpaceError(f"{path}: space must map settings to their bounds or choices, got {given!r}.")
+    known = settings(ExperimentConfig)
+    flat: dict[str, Any] = {}
+
+    def visit(node: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in known:
+                if name in flat:
+                    raise SearchSpaceError(f"{path}: space.{name} is given twice.")
+                flat[name] = value
+            elif isinstance(value, Mapping) and any(k.startswith(f"{name}.") for k in known):
+                visit(value, f"{name}.")
+            else:
+                raise SearchSpaceError(f"{path}: space.{name} is not a setting.{nearest(name, known)}")
+
+    visit(given, "")
+    return flat
+
+
+def _enqueued(path: str | Path, tree: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Points given in place, or as experiment files whose settings in the space are the point."""
+    given = tree.get("enqueue") or []
+    if not isinstance(given, list):
+        raise SearchSpaceError(f"{path}: enqueue must be a list of points, got {given!r}.")
+    space, known = _space(path, tree.get("space")), settings(ExperimentConfig)
+    points = []
+    for index, entry in enumerate(given, 1):
+        if isinstance(entry, str):
+            file = _beside(path, entry, f"enqueue, entry {index}")
+            whole = flatten(build(ExperimentConfig, read_settings(ExperimentConfig, file)))
+            points.append({name: whole[name] for name in space})
+            continue
+        if not isinstance(entry, Mapping):
+            raise SearchSpaceError(
+                f"{path}: enqueue, entry {index}, must be a point or the path of an experiment file, got {entry!r}."
+            )
+        point = flatten_mapping(ExperimentConfig, entry)
+        for name, value in point.items():
+            if name not in space:
+                raise SearchSpaceError(f"{path}: enqueue, entry {index}: {name} is not in the space.")
+            coerce(known[name], value)
+        points.append(point)
+    return tuple(points)

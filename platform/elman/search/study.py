@@ -1,0 +1,447 @@
+"""A search from its file to its answer: the study, its record, the best settings trained again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import optuna
+import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from elman.config.load import dump_yaml
+from elman.config.plan import SearchPlan
+from elman.config.schema import CorpusConfig, ExperimentConfig
+from elman.config.search import SearchConfig
+from elman.config.tree import flatten, override, signature
+from elman.data.datamodule import check_lengths
+from elman.errors import ConfigError, SearchSpaceError, TrackingError
+from elman.models.count import count_parameters
+from elman.search.agents import Agent
+from elman.search.driver import Driver, ranking, refuse_empty, tally
+from elman.search.pool import Pool
+from elman.search.report import record_study
+from elman.search.samplers import build_pruner
+from elman.search.space import Space
+from elman.search.storage import default_storage, open_storage
+from elman.tasks.hardware import resolve_device
+from elman.text.prepare import prepare
+from elman.text.prepared import PreparedCorpus
+from elman.tracking.store import Run, RunStore, without_password
+from elman.training.callbacks import StopSignals
+from elman.training.experiment import RunResult, run_experiment, run_lengths
+from elman.training.progress import Reporter, Silence, duration
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search came to.
+
+    Attributes:
+        run_id: The study's own run.
+        best: The winning trial's number.
+        point: Its settings.
+        values: Its figures, of the study's metrics.
+        standard_error: Of the mean over the folds; None without folds.
+        front: Numbers of the trials on the Pareto front; the winner alone with one metric.
+        trials: Completed, pruned, failed, lost.
+        fits: Trainings that came to their end.
+        experiment: The winner as an experiment, ready to train.
+        retrained: The trainings of it, one a seed.
+        seconds: Wall time of this call.
+    """
+
+    run_id: str
+    name: str
+    best: int
+    point: dict[str, Any]
+    values: list[float]
+    standard_error: float | None
+    front: list[int]
+    trials: dict[str, int]
+    fits: int
+    experiment: ExperimentConfig
+    retrained: list[RunResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_search(plan: SearchPlan, reporter: Reporter | None = None) -> SearchResult:
+    """Run a study, or go on with it, and train the best settings again.
+
+    Raises:
+        ElmanError: The file, the space, the corpus or the storage cannot be used; no trial has begun.
+        SearchFailedError: No trial completed.
+        StoppedError: The user stopped it; the same command goes on with it.
+    """
+    reporter = reporter or Silence()
+    begun = time.monotonic()
+    space = Space(plan)
+    config = plan.config
+    check_storage(config)
+    device = resolve_device(plan.base.trainer.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    with StopSignals() as signals:
+        pool = Pool(config.search.workers, plan.base.trainer.threads, plan.base.tracking, gpus)  # come up meanwhile
+        try:
+            corpora = [prepare(c, progress=reporter.stage) for c in _corpora(plan)]
+            _check_corpus(space, corpora[-1])
+            store = RunStore(plan.base.tracking)
+            storage = open_storage(config.search.storage, reporter.note)
+            study = _open_study(plan, storage, corpora[0])
+            study.set_user_attr("finished", False)
+            for point in space.enqueued if config.study.sampler != "grid" else []:
+                if not any(t.user_attrs.get("known") == json.dumps(point) for t in study.get_trials(deepcopy=False)):
+                    study.enqueue_trial(space.stored(point), user_attrs={"known": json.dumps(point)})
+            study.pruner = build_pruner(config.study, _validations(plan.base, corpora[0]))
+            with _study_run(plan, store, study, corpora[0]) as run:
+                reporter.note(f"study {config.study.name}: run {run.id}")
+                driver = Driver(
+                    study, space, config, store, run.id, pool, _parameters, _progress(reporter), reporter.note
+                )
+                driver.run(signals)
+                signals.at_once = True
+                return _conclude(plan, space, study, store, run, reporter, pool.threads, begun)
+        finally:
+            pool.close()
+            reporter.close()
+
+
+def join_study(name: str, plan_config: SearchConfig, base: ExperimentConfig, reporter: Reporter) -> int:
+    """Add this machine's workers to a study that another process drives; returns the trials they trained.
+
+    Args:
+        name: The study's.
+        plan_config: For the storage and the workers.
+        base: For where to record, the device and the threads.
+        reporter: Watches.
+
+    Raises:
+        TrackingError: There is no such study there, or its runs are recorded elsewhere.
+    """
+    storage = open_storage(plan_config.search.storage, reporter.note)
+    study = _find_study(storage, name, plan_config.search.storage)
+    facts = study.user_attrs.get("elman", {})
+    store = RunStore(base.tracking)
+    parent = study.user_attrs.get("mlflow_run")
+    if parent is not None and not store.exists(parent):
+        raise TrackingError(
+            f"tracking.uri {without_password(store.uri)} does not hold the study's run {parent}: "
+            "set it to the store that the search records in."
+        )
+    if facts:
+        _check_same_text(facts, reporter)
+    device = resolve_device(base.trainer.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    with StopSignals() as signals:
+        pool = Pool(plan_config.search.workers, base.trainer.threads, base.tracking, gpus)
+        agent = Agent(study, pool, reporter.note)
+        try:
+            reporter.note(f"serving study {name} with {plan_config.search.workers} workers (Ctrl-C leaves it)")
+            agent.run(signals)
+        finally:
+            pool.close()
+            reporter.close()
+    return agent.done
+
+
+def check_storage(config: SearchConfig) -> None:
+    """Refuse what cannot work before anything is started."""
+    storage = config.search.storage
+    if storage is not None and storage.strip() == "":
+        raise ConfigError("search.storage must be a database URL, journal:PATH or grpc://HOST:PORT, got ''.")
+
+
+def _check_same_text(facts: Mapping[str, Any], reporter: Reporter) -> None:
+    from elman.config.load import from_flat
+
+    corpus = prepare(from_flat(facts["base"]).corpus, progress=reporter.stage)
+    if corpus.digest != facts["digest"]:
+        raise ConfigError(
+            f"corpus.name {corpus.name} is another text here than where the search runs (digest {corpus.digest[:12]}, "
+            f"there {facts['digest'][:12]}): bring the same files."
+        )
+
+
+def _find_study(storage: optuna.storages.BaseStorage, name: str, url: str | None) -> Study:
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        known = sorted(summary.study_name for summary in storage.get_all_studies())
+        there = f"it holds {', '.join(known[:10])}" if known else "it holds none"
+        place = without_password(url or default_storage())
+        raise TrackingError(f"--join {name}: there is no such study in {place}; {there}.") from None
+
+
+def _corpora(plan: SearchPlan) -> list[CorpusConfig]:
+    """The experiment's corpus and the folds of it. Prepared before any worker asks for them."""
+    folds = range(plan.config.study.folds or 0)
+    changes = [{"corpus.folds": plan.config.study.folds, "corpus.fold": fold} for fold in folds]
+    return [plan.base.corpus, *(override(plan.base, change).corpus for change in changes)]
+
+
+def _check_corpus(space: Space, corpus: PreparedCorpus) -> None:
+    """A space whose every corner fits the schema may still ask for windows longer than the text."""
+    for point in space.corners():
+        experiment = space.experiment(point)
+        if experiment.corpus == space.base.corpus:
+            check_lengths(corpus, experiment.data)
+
+
+def _validations(base: ExperimentConfig, corpus: PreparedCorpus) -> int | None:
+    """Validations in a whole training, where steps or epochs bound it."""
+    steps = run_lengths(base, corpus)
+    if steps is None:
+        return None
+    every = base.trainer.validate_every_steps
+    if every is None:
+        return base.trainer.max_epochs if base.trainer.max_steps is None else None
+    return max(1, math.ceil(steps / every))
+
+
+def _facts(plan: SearchPlan, corpus: PreparedCorpus) -> dict[str, Any]:
+    """What a study must have in common with an earlier one of its name to go on with it."""
+    study = plan.config.study
+    kept = {"metric": study.metrics, "direction": study.directions, "folds": study.folds, "seed": study.seed,
+            "constraints": flatten(plan.config.constraints), "space": plan.space, "base": signature(plan.base),
+            "digest": corpus.digest}  # fmt: skip
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    flat = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(plan.base).items()}
+    return {"signature": digest, "base": flat, "digest": corpus.digest, "space": plan.space}
+
+
+def _open_study(plan: SearchPlan, storage: optuna.storages.BaseStorage, corpus: PreparedCorpus) -> Study:
+    config = plan.config.study
+    facts = _facts(plan, corpus)
+    study = optuna.create_study(
+        study_name=config.name, storage=storage, directions=list(config.directions), load_if_exists=True
+    )
+    known = study.user_attrs.get("elman")
+    if known is None:
+        study.set_user_attr("elman", facts)
+        study.set_metric_names(list(config.metrics)) if len(config.metrics) > 1 else None
+    elif known["signature"] != facts["signature"]:
+        raise SearchSpaceError(
+            f"{plan.source}: study.name {config.name} is an earlier study with another space, experiment, text, "
+            "metric, folds or seed: go back to those, or choose another name."
+        )
+    return study
+
+
+def _study_run(plan: SearchPlan, store: RunStore, study: Study, corpus: PreparedCorpus) -> Any:
+    """The study's own run: a new one, or the one that an interrupted call began."""
+    config = plan.config
+    earlier = study.user_attrs.get("mlflow_run")
+    params = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(config).items()}
+    params |= {f"space.{name}": json.dumps(value) for name, value in plan.space.items()}
+    base = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(plan.base).items()}
+    tags = {"study.name": config.study.name, "corpus.digest": corpus.digest, "kind": "search"}
+    resume = earlier if earlier is not None and store.exists(earlier) else None
+    opened = store.open_run(
+        config.study.name, base | params, tags, resume=resume,
+        files={"search.yaml": _as_yaml(plan), "base.yaml": dump_yaml(plan.base)},
+    )  # fmt: skip
+    return _Noted(opened, study)
+
+
+class _Noted:
+    """A run whose id the study remembers."""
+
+    def __init__(self, opened: Any, study: Study) -> None:
+        self._opened, self._study = opened, study
+
+    def __enter__(self) -> Run:
+        run: Run = self._opened.__enter__()
+        self._study.set_user_attr("mlflow_run", run.id)
+        return run
+
+    def __exit__(self, *exception: Any) -> Any:
+        return self._opened.__exit__(*exception)
+
+
+def _as_yaml(plan: SearchPlan) -> str:
+    import yaml
+
+    from elman.config.tree import nest
+
+    flat = {key: list(v) if isinstance(v, tuple) else v for key, v in flatten(plan.config).items()}
+    tree = {**nest(flat), "space": plan.space, "enqueue": list(plan.enqueue)}
+    return "# The experiment that this search varies is base.yaml beside it.\nbase: base.yaml\n" + yaml.safe_dump(
+        tree, sort_keys=False, allow_unicode=True
+    )
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(config: CorpusConfig) -> Any:
+    return prepare(config).tokenizer
+
+
+def _parameters(experiment: ExperimentConfig) -> int:
+    """Parameters of an experiment's model, counted without making it."""
+    from elman.training.experiment import build_language_model
+
+    with torch.device("meta"):
+        return count_parameters(build_language_model(experiment, _vocabulary(experiment.corpus)))["total"]
+
+
+def _progress(reporter: Reporter) -> Callable[[Driver], None]:
+    def show(driver: Driver) -> None:
+        counts = tally(driver.study.get_trials(deepcopy=False))
+        config = driver.config.study
+        wanted = driver.wanted
+        ranked = ranking(driver.study)
+        best = f", best {ranked[0].values[0]:.4f} (trial {ranked[0].number})" if ranked else ""
+        elapsed = time.time() - driver.begun
+        shares = [counts.spent / wanted] if wanted else []
+        if config.minutes is not None:
+            shares.append(elapsed / (60 * config.minutes))
+        share = min(1.0, max(shares, default=0.0))
+        done_here = counts.spent - driver.spent_before
+        left = ""
+        if driver.deadline is not None:
+            left = f", {duration(max(0.0, driver.deadline - time.time()))} left"
+        if wanted and done_here > 0:
+            rest = elapsed / done_here * (wanted - counts.spent)
+            if driver.deadline is not None:
+                rest = min(rest, max(0.0, driver.deadline - time.time()))
+            left = f", {duration(rest)} left"
+        total = f"/{wanted}" if wanted else ""
+        others = "".join(f", {n} {word}" for n, word in ((counts.pruned, "pruned"), (counts.failed, "failed")) if n)
+        figures = f"{counts.spent}{total} trials{others}, {driver.running} running{best}{left}"
+        reporter.stage("searching", share, figures)
+
+    return show
+
+
+def _conclude(
+    plan: SearchPlan,
+    space: Space,
+    study: Study,
+    store: RunStore,
+    run: Run,
+    reporter: Reporter,
+    threads: int,
+    begun: float,
+) -> SearchResult:
+    refuse_empty(study)
+    config = plan.config
+    winner = choose(study, config)
+    point = point_of(winner, space)
+    experiment = override(
+        space.experiment(point), {"name": f"{config.study.name}-best", "trainer.threads": threads}
+    )
+    front = [trial.number for trial in study.best_trials] if len(config.study.metrics) > 1 else [winner.number]
+    outcome = winner.user_attrs["outcome"]
+    reporter.stage("drawing the study")
+    run.log_text("best.yaml", dump_yaml(experiment))
+    if len(front) > 1:
+        for number in front:
+            other = override(space.experiment(point_of(study.trials[number], space)), {"trainer.threads": threads})
+            run.log_text(f"pareto/trial-{number}.yaml", dump_yaml(other))
+    record_study(run, study, space, winner, config)
+    retrained = _retrain(plan, study, experiment, store, run, reporter)
+    study.set_user_attr("finished", True)
+    trials = study.get_trials(deepcopy=False)
+    counts = tally(trials)
+    figures: dict[str, float] = {f"best/{m.partition('/')[2]}": v for m, v in zip(config.study.metrics, winner.values,
+                                                                               strict=True)}  # fmt: skip
+    for key in ("test/bits_per_byte", "test/loss", "test/perplexity", "test/accuracy"):
+        values = [result.metrics[key] for result in retrained if key in result.metrics]
+        if values:
+            figures[key] = statistics.fmean(values)
+    run.metrics.add(figures, len(trials))
+    run.describe(_summary(winner, point, config, counts.complete, retrained))
+    return SearchResult(
+        run_id=run.id,
+        name=config.study.name,
+        best=winner.number,
+        point=point,
+        values=list(winner.values),
+        standard_error=outcome["standard_error"],
+        front=front,
+        trials={"complete": counts.complete, "pruned": counts.pruned, "failed": counts.failed, "lost": counts.lost},
+        fits=sum(t.user_attrs["outcome"]["fits"] for t in trials if "outcome" in t.user_attrs),
+        experiment=experiment,
+        retrained=retrained,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def point_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    """A trial's settings."""
+    return space.restored(trial.params)
+
+
+def choose(study: Study, config: SearchConfig) -> FrozenTrial:
+    """The winner: the best, or the smallest model that is within one standard error of it.
+
+    Source of the rule: Breiman et al. (1984), Classification and Regression Trees, section 3.4.3.
+    """
+    ranked = ranking(study)
+    if config.study.choose == "best":
+        return ranked[0]
+    best = ranked[0]
+    margin = best.user_attrs["outcome"]["standard_error"]
+    within = [trial for trial in ranked if abs(trial.values[0] - best.values[0]) <= margin]
+    return min(within, key=lambda t: (t.user_attrs["outcome"]["figures"]["model/parameters"], t.number))
+
+
+def _retrain(
+    plan: SearchPlan, study: Study, experiment: ExperimentConfig, store: RunStore, run: Run, reporter: Reporter
+) -> list[RunResult]:
+    """Train the winner in full, once a seed; the one that validates best is registered.
+
+    A study that is called again and chooses the same winner has it trained already.
+    """
+    config = plan.config
+    what = {"experiment": signature(experiment), "seeds": config.search.seeds}
+    done = study.user_attrs.get("retrained")
+    if done is not None and done["what"] == what:
+        return [RunResult(**result) for result in done["results"]]
+    results: list[RunResult] = []
+    for index in range(config.search.seeds):
+        seed = (experiment.seed + index) % 2**32
+        reporter.note(f"training the best settings in full, seed {seed}")
+        one = override(experiment, {"seed": seed, "name": f"{config.study.name}-best"})
+        results.append(
+            run_experiment(one, store, reporter, parent=run.id, tags={"study.name": config.study.name, "kind": "best"})
+        )
+    if results:
+        from elman.tracking.registry import register
+
+        chosen = min(results, key=lambda result: result.metrics["val/loss"])
+        bits = chosen.metrics.get("test/bits_per_byte", chosen.metrics["val/bits_per_byte"])
+        digest = store.find_run(chosen.run_id).tags["corpus.digest"]
+        name = config.search.register or config.study.name
+        winner = Run(store, chosen.run_id, run.experiment_id, chosen.name)
+        version, champion = register(winner, chosen.model_uri, name, bits_per_byte=bits, digest=digest)
+        winner.flush()
+        run.set_tags({"best.run": chosen.run_id, "registered": f"models:/{name}/{version}"})
+        reporter.note(f"registered as models:/{name}/{version}" + (" (champion)" if champion else ""))
+    study.set_user_attr("retrained", {"what": what, "results": [asdict(result) for result in results]})
+    return results
+
+
+def _summary(
+    winner: FrozenTrial, point: Mapping[str, Any], config: SearchConfig, complete: int, retrained: list[RunResult]
+) -> str:
+    error = winner.user_attrs["outcome"]["standard_error"]
+    spread = f" ± {error:.4f}" if error is not None else ""
+    lines = [
+        f"Trial {winner.number} of {complete} that completed: "
+        + ", ".join(f"{m} {v:.4f}{spread}" for m, v in zip(config.study.metrics, winner.values, strict=True)),
+        "",
+        *(f"- {name}: {value}" for name, value in point.items()),
+    ]
+    test = [r.metrics["test/bits_per_byte"] for r in retrained if "test/bits_per_byte" in r.metrics]
+    if test:
+        seeds = f"{len(test)} seeds" if len(test) > 1 else "one seed"
+        lines += ["", f"Trained again with {seeds}: {statistics.fmean(test):.4f} bits per byte on the test split."]
+    return "\n".join(lines)
