@@ -16,6 +16,7 @@ from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.errors import ModelError
 from elman.models.count import count_parameters, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
+from elman.models.fused import Rows
 from elman.models.initialization import (
     embedding_std,
     initialize_embedding,
@@ -180,7 +181,10 @@ class LanguageModel(nn.Module):
         features = self.features(tokens_BT, state)
         return self.project(features.dropped_BTH), features.state
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
+    def _embed(self, tokens_BT: Tensor) -> Tensor | Rows:
+        varied = self.training and (self.input_dropout.p > 0 or self.word_dropout.p > 0)
+        if isinstance(self.body, RecurrentStack) and not varied and self.num_inputs < tokens_BT.numel():
+            return Rows(self.embedding.weight, tokens_BT)  # every position is a row of a small matrix
         embedded_BTE: Tensor = self.word_dropout(self.embedding(tokens_BT), tokens_BT, self.num_inputs)
         embedded_BTE = self.input_dropout(embedded_BTE)
         if self.input_projection is not None:

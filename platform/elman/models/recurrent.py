@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elman.config.schema import ModelConfig
 from elman.models.dropout import Dropout, drop_weight
+from elman.models.fused import Rows, fused_window, is_fused
 from elman.models.initialization import initialize_recurrent
 from elman.models.kernels import STEPS, WEIGHT_HOLDERS, WINDOWS, LayerState, Weights
 from elman.models.state import State, expand
@@ -49,12 +50,16 @@ class RecurrentLayer(nn.Module):
         bias = cast(Tensor, self.weights.bias_ih_l0)
         return tuple(bias.new_zeros(1, self.hidden_size) for _ in range(self.num_states))
 
-    def forward(self, x_BTI: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """Run over a window; returns the h of every step (B, T, H), and the state after the last."""
+    def forward(self, x: Tensor | Rows, state: LayerState) -> tuple[Tensor, LayerState]:
+        """Run over a window (B, T, I); returns the h of every step (B, T, H), and the state after the last."""
         holder = self.weights
         weights = cast(Weights, [holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0])
         if self.training and self.weight_dropout:
             weights[1] = drop_weight(weights[1], self.weight_dropout)
+        is_step = (x.index_BT if isinstance(x, Rows) else x).shape[1] == 1 and not torch.is_grad_enabled()
+        if not is_step and is_fused(self.kind, weights[1]):
+            return fused_window(self.kind, x, state, weights)
+        x_BTI = x.dense() if isinstance(x, Rows) else x
         if _autocast_without_hardware(x_BTI):
             # Where the processor does not multiply in bfloat16, oneDNN's LSTM refuses it and the others crawl.
             with torch.autocast("cpu", enabled=False):
@@ -101,16 +106,17 @@ class RecurrentStack(nn.Module):
         """The state of ``batch_size`` rows at the start of a text."""
         return expand(tuple(cast(RecurrentLayer, layer).initial_state() for layer in self.layers), batch_size)
 
-    def forward(self, x_BTI: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run a window through all layers; returns the last one's output (B, T, H), and the carry."""
+    def forward(self, x: Tensor | Rows, state: State) -> tuple[Tensor, State]:
+        """Run a window (B, T, I) through all layers; returns the last one's output (B, T, H), and the carry."""
         after = []
         layers = zip(self.layers, self.norms, self.dropouts, self.skips, state, strict=True)
         for layer, norm, dropout, skip, before in layers:
-            out_BTH, layer_state = layer(dropout(x_BTI), before)
+            out_BTH, layer_state = layer(x if isinstance(x, Rows) else dropout(x), before)
             after.append(layer_state)
             out_BTH = norm(out_BTH)
-            x_BTI = x_BTI + out_BTH if skip else out_BTH
-        return x_BTI, tuple(after)
+            x = (x.dense() if isinstance(x, Rows) else x) + out_BTH if skip else out_BTH
+        assert isinstance(x, Tensor)
+        return x, tuple(after)
 
 
 def _autocast_without_hardware(x_BTI: Tensor) -> bool:

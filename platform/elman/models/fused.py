@@ -1,0 +1,264 @@
+"""Recurrent layers over a whole window in bfloat16, by the compiled kernel of fused.cpp.
+
+The product of the input is left to torch: ahead of the window, for all its steps in one, or
+once per row of a small vocabulary, whose rows the kernel then looks up.
+
+Shape suffixes: B batch, T time steps, I input, H hidden, P hidden padded for the kernel,
+G gates × P, C saved columns × P, V rows of a table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elman.models.compiled import load_library
+
+SOURCE = Path(__file__).with_name("fused.cpp")
+LANES = 16
+"""The kernel's hidden sizes are multiples of it."""
+
+
+class Rows(NamedTuple):
+    """A layer's input as rows of a matrix, chosen by index: an embedding that is not looked up yet."""
+
+    rows_VI: Tensor
+    index_BT: Tensor
+
+    def dense(self) -> Tensor:
+        """The chosen rows (B, T, I)."""
+        return F.embedding(self.index_BT, self.rows_VI)
+
+
+class Layout(NamedTuple):
+    """How the kernel orders a kind of cell."""
+
+    gates: int
+    """Blocks of weight_hh."""
+    columns: int
+    """Blocks that are saved for backward, and that a bias is given for."""
+    recurrent: int
+    """The first column that the recurrent product feeds; those of the input start at 0."""
+    vectors: int
+    """Most groups of 16 units that are computed together: with more, their sums would not fit into registers."""
+
+
+LAYOUTS = {
+    "rnn_tanh": Layout(1, 1, 0, 4),
+    "rnn_relu": Layout(1, 1, 0, 4),
+    "lstm": Layout(4, 4, 0, 1),
+    "gru": Layout(3, 4, 1, 1),
+}
+
+
+class _Window(ctypes.Structure):
+    """struct Window of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "panel")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("weight_hh", "bias", "tokens", "table", "input", "h", "c", "outputs", "saved"),
+                *("gates", "d_outputs", "d_h", "d_c", "d_table", "d_bias"),
+            )
+        ),
+        ("wants_d_h", ctypes.c_int64),
+    )
+
+
+def is_fused(kind: str, like: Tensor) -> bool:
+    """Whether the kernel computes this kind of cell for inputs on ``like``'s device, now."""
+    return (
+        kind in LAYOUTS
+        and like.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and _kernels() is not None
+    )
+
+
+def fused_window(
+    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run one layer over a window.
+
+    Args:
+        kind: One of ``LAYOUTS``.
+        x: Input (B, T, I), or rows to choose from.
+        state: Each (B, H).
+        weights: weight_ih, weight_hh, bias_ih and bias_hh, with torch's layouts.
+
+    Returns:
+        The h of every step (B, T, H) in bfloat16, a view of time-major memory, and the state
+        after the last in float32.
+    """
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    hidden_size = weight_hh.shape[1]
+    if kind == "gru":  # n, whose two biases stay apart, comes first
+        weight_ih = torch.roll(weight_ih, hidden_size, 0)
+        rz_bias_hh, n_bias_hh = torch.split(bias_hh, [2 * hidden_size, hidden_size])
+        bias = torch.cat((bias_ih[2 * hidden_size :], bias_ih[: 2 * hidden_size] + rz_bias_hh, n_bias_hh))
+    else:
+        bias = bias_ih + bias_hh
+    padding = -hidden_size % LANES
+    if padding:
+        weight_ih = F.pad(weight_ih.view(-1, hidden_size, weight_ih.shape[1]), (0, 0, 0, padding)).flatten(0, 1)
+        bias = F.pad(bias.view(-1, hidden_size), (0, padding)).flatten()
+        state = tuple(F.pad(part, (0, padding)) for part in state)
+    tokens_TB: Tensor | None = None
+    if isinstance(x, Rows):
+        tokens_TB = x.index_BT.t().contiguous()
+        with torch.autocast("cpu", enabled=False):  # it is small, and kept exact
+            inputs = F.linear(x.rows_VI.float(), weight_ih.float())
+    else:
+        inputs = F.linear(x.transpose(0, 1), weight_ih)
+    outputs_TBP, *after = _FusedWindow.apply(kind, inputs, tokens_TB, weight_hh, bias, *state)  # type: ignore[no-untyped-call]
+    if padding:
+        outputs_TBP = outputs_TBP[..., :hidden_size]
+        after = [part[:, :hidden_size] for part in after]
+    return outputs_TBP.transpose(0, 1), tuple(after)
+
+
+class _FusedWindow(torch.autograd.Function):
+    """The recurrence alone: inputs are already multiplied, sizes padded, everything time-major."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: str, inputs: Tensor, tokens_TB: Tensor | None, weight_hh: Tensor, bias_C: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Inputs are (T, B, G), or with tokens a table (V, G); returns outputs (T, B, P), and the state."""
+        layout = LAYOUTS[kind]
+        batch_size, padded_size = state[0].shape
+        length = inputs.shape[0] if tokens_TB is None else tokens_TB.shape[0]
+        trained = any(ctx.needs_input_grad)
+        h_BP, *c = (part.detach().to(torch.float32, copy=True).contiguous() for part in state)
+        outputs_TBP = torch.empty(length + 1, batch_size, padded_size, dtype=torch.bfloat16)
+        saved_TBC = None
+        if trained:
+            saved_TBC = _buffer((length, batch_size, layout.columns * padded_size), torch.float16)
+            if c:
+                c_TBP = _buffer((length + 1, batch_size, padded_size), torch.float32)
+                c_TBP[0] = c[0]
+                c = [c_TBP]
+        weight_hh = weight_hh.detach().float().contiguous()
+        call = {
+            "weight_hh": weight_hh,
+            "bias": bias_C.detach().float().contiguous(),
+            "tokens": tokens_TB,
+            "input" if tokens_TB is None else "table": inputs.detach().contiguous(),
+            "h": h_BP,
+            "c": c[0] if c else None,
+            "outputs": outputs_TBP,
+            "saved": saved_TBC,
+        }
+        _call(kind, layout.vectors, call, is_forward=True)
+        if trained:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(weight_hh, tokens_TB, outputs_TBP, saved_TBC, *c)
+            ctx.kind, ctx.num_rows, ctx.spent = kind, inputs.shape[0], False
+        return (outputs_TBP[1:], h_BP, *(part[-1].clone() if trained else part for part in c))
+
+    @staticmethod
+    def backward(ctx: Any, d_outputs_TBP: Tensor | None, *d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gates' gradients over the window; what only adds them up is one product at the end."""
+        if ctx.spent:
+            raise RuntimeError("A fused window goes backward once: what it saved is overwritten.")
+        ctx.spent = True
+        weight_hh, tokens_TB, outputs_TBP, saved_TBC, *c = ctx.saved_tensors
+        layout: Layout = LAYOUTS[ctx.kind]
+        hidden_size, (batch_size, padded_size) = weight_hh.shape[1], outputs_TBP.shape[1:]
+        gates_TBC = saved_TBC.view(torch.bfloat16)
+        d_after = [
+            torch.zeros(batch_size, padded_size) if part is None else part.to(torch.float32, copy=True).contiguous()
+            for part in d_state
+        ]
+        d_table_VG = None if tokens_TB is None else torch.zeros(ctx.num_rows, layout.gates * padded_size)
+        d_bias_C = torch.zeros(layout.columns * padded_size)
+        call = {
+            "weight_hh": weight_hh,
+            "tokens": tokens_TB,
+            "c": c[0] if c else None,
+            "outputs": outputs_TBP,
+            "saved": saved_TBC,
+            "gates": gates_TBC,
+            "d_outputs": None if d_outputs_TBP is None else d_outputs_TBP.to(torch.bfloat16).contiguous(),
+            "d_h": d_after[0],
+            "d_c": d_after[1] if c else None,
+            "d_table": d_table_VG,
+            "d_bias": d_bias_C,
+        }
+        wants = ctx.needs_input_grad
+        vectors = LAYOUTS["rnn_tanh"].vectors  # there, units have no gates of their own
+        _call(ctx.kind, vectors, call, is_forward=False, wants_d_h=any(wants[5:]))
+        d_weight_hh = None
+        if wants[3]:
+            recurrent_TBG = gates_TBC[..., layout.recurrent * padded_size :]
+            d_weight_GP = recurrent_TBG.flatten(0, 1).t() @ outputs_TBP[:-1].flatten(0, 1)
+            d_weight_hh = d_weight_GP.unflatten(0, (layout.gates, padded_size))[:, :hidden_size, :hidden_size]
+            d_weight_hh = d_weight_hh.reshape(weight_hh.shape).float()
+        d_inputs = gates_TBC[..., : layout.gates * padded_size] if d_table_VG is None else d_table_VG
+        return (None, d_inputs, None, d_weight_hh, d_bias_C, *d_after)
+
+
+def _call(
+    kind: str, vectors: int, tensors: dict[str, Tensor | None], *, is_forward: bool, wants_d_h: bool = False
+) -> None:
+    outputs, weight_hh = tensors["outputs"], tensors["weight_hh"]
+    assert outputs is not None
+    assert weight_hh is not None
+    threads = torch.get_num_threads()
+    groups = outputs.shape[2] // LANES
+    window = _Window(
+        threads=threads,
+        batch=outputs.shape[1],
+        steps=outputs.shape[0] - 1,
+        hidden=weight_hh.shape[1],
+        panel=min(vectors, -(-groups // threads)),  # narrower than registers allow, before a thread has none
+        wants_d_h=wants_d_h,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+    )
+    library = _kernels()
+    assert library is not None
+    getattr(library, f"elman_{kind}")(ctypes.byref(window), int(is_forward))
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    # torch has no public question for this.
+    return load_library(SOURCE) if torch.cpu._is_avx512_bf16_supported() else None
+
+
+# Memory ---------------------------------------------------------------------------------
+
+_free: list[mmap.mmap] = []
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty tensor whose pages come back with the next one.
+
+    Tensors of this size are given back to the system when they are freed, and at these speeds
+    new pages for every window cost a tenth of it.
+    """
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    fits = [block for block in _free if len(block) >= size]
+    block = min(fits, key=len, default=None)
+    if block is None:
+        _free.clear()  # all too small: they would never be used again
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        _free.remove(block)
+    lease = memoryview(block)
+    weakref.finalize(lease, _free.append, block).atexit = False
+    return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)

@@ -1,0 +1,86 @@
+"""What every benchmark shares: taking turns, medians with their spread, and a JSON that tells the machine.
+
+Absolute figures of a machine that others use say little. Those that are compared take turns in
+one process, and a ratio is the median over the turns, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Turns = dict[str, list[float]]
+"""Seconds of every turn, by name."""
+
+
+def take_turns(steps: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2) -> Turns:
+    """Time all ``steps`` once a turn, after some turns that do not count."""
+    seconds: Turns = {name: [] for name in steps}
+    for turn in range(warm_up + turns):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def rate(seconds: list[float], amount: float) -> float:
+    """Median of ``amount`` per second."""
+    return amount / statistics.median(seconds)
+
+
+def speedup(seconds: list[float], reference: list[float]) -> dict[str, float]:
+    """How many times as fast as the reference, turn by turn: median and quartiles."""
+    ratios = [theirs / ours for ours, theirs in zip(seconds, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def matrix_rate(dtype: torch.dtype, *, size: int = 2048, turns: int = 5) -> float:
+    """Best rate of a large square product, floating-point operations per second."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    seconds = take_turns({"product": lambda: a @ b}, turns=turns)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions that the figures hold for."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of every benchmark."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--threads", type=int, default=2, help="threads that torch uses")
+    made.add_argument("--turns", type=int, default=7, help="turns that count")
+    made.add_argument("--json", type=Path, help="file to write the figures to, with hardware and versions")
+    return made
+
+
+def write_json(path: Path | None, results: list[dict[str, Any]]) -> None:
+    """Write the figures, where a file was asked for."""
+    if path is not None:
+        report = {"environment": environment(), "results": results}
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
