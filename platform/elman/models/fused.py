@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import threading
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ class _FusedWindow(torch.autograd.Function):
             recurrent_TBG = gates_TBC[..., layout.recurrent * padded_size :]
             d_weight_GP = recurrent_TBG.flatten(0, 1).t() @ outputs_TBP[:-1].flatten(0, 1)
             d_weight_hh = d_weight_GP.unflatten(0, (layout.gates, padded_size))[:, :hidden_size, :hidden_size]
-            d_weight_hh = d_weight_hh.reshape(weight_hh.shape).float()
+            d_weight_hh = d_weight_hh.reshape(weight_hh.shape)
         d_inputs = gates_TBC[..., : layout.gates * padded_size] if d_table_VG is None else d_table_VG
         return (None, d_inputs, None, d_weight_hh, d_bias_C, *d_after)
 
@@ -239,26 +240,31 @@ def _kernels() -> ctypes.CDLL | None:
 
 # Memory ---------------------------------------------------------------------------------
 
+LARGE = 2**20
 _free: list[mmap.mmap] = []
+_picking = threading.Lock()
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor whose pages come back with the next one.
+    """An empty tensor whose pages, where it is large, come back with the next one.
 
-    Tensors of this size are given back to the system when they are freed, and at these speeds
-    new pages for every window cost a tenth of it.
+    Memory of tens of megabytes goes back to the system when a tensor is freed, and at these
+    speeds new pages for every window cost a tenth of it.
     """
     count = torch.Size(shape).numel()
     size = count * dtype.itemsize
-    fits = [block for block in _free if len(block) >= size]
-    block = min(fits, key=len, default=None)
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    with _picking:
+        block = min((block for block in _free if len(block) >= size), key=len, default=None)
+        if block is None:
+            _free.clear()  # all too small: windows have grown, and would leave them behind
+        else:
+            _free.remove(block)
     if block is None:
-        _free.clear()  # all too small: they would never be used again
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
-    else:
-        _free.remove(block)
     lease = memoryview(block)
     weakref.finalize(lease, _free.append, block).atexit = False
     return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
