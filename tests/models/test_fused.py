@@ -53,6 +53,7 @@ class Case:
         self.weights += [leaf(size, scale=0.1), leaf(size, scale=0.1)]
         if kind == "rnn_relu":  # its slope jumps at 0, where rounding decides: units stay on either side
             with torch.no_grad():
+                self.weights[1] *= 0.25
                 self.weights[2] += 4 * torch.randn(size).sign()
         num_states = 2 if kind == "lstm" else 1
         self.state = tuple(leaf(batch_size, hidden_size, scale=0.5) for _ in range(num_states))
