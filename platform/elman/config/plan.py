@@ -69,8 +69,11 @@ def _plan(path: str | Path, tree: Mapping[str, Any], given: Mapping[str, Any]) -
     flat = flatten_mapping(SearchConfig, sections)
     if "study.name" not in flat and "study.name" not in own:
         flat["study.name"] = Path(path).stem
-    if (flat | own).get("study.sampler") != "grid" and "study.minutes" not in flat | own:
-        flat.setdefault("study.trials", 20)
+    study = flat | own
+    bounded = any(study.get(f"study.{name}") is not None for name in ("trials", "minutes"))
+    if study.get("study.sampler") != "grid" and not bounded:
+        flat["study.trials"] = 20
+        own.pop("study.trials", None)
     base: dict[str, Any] = {}
     if tree.get("base") is not None:
         base = read_settings(ExperimentConfig, _beside(path, tree["base"], "base"))

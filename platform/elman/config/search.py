@@ -11,7 +11,6 @@ from math import isfinite
 from typing import Literal
 
 from elman.config.schema import check_name, require
-from elman.errors import ConfigError
 
 Sampler = Literal["grid", "random", "tpe", "gp", "cmaes", "nsga2"]
 Pruner = Literal["none", "median", "successive_halving", "hyperband", "wilcoxon", "patience"]
@@ -45,7 +44,8 @@ class StudyConfig:
     pruner_patience: int = 2
     """Validations without improvement that patience tolerates."""
     trials: int | None = None
-    """Trials, completed or pruned, that end the study; null leaves the end to minutes, or to the grid."""
+    """Trials, completed or pruned, that end the study; null leaves the end to minutes or to the grid, and is 20
+    where there is neither."""
     minutes: float | None = None
     """Minutes, wall clock, of one call of the command; null sets no limit."""
     folds: int | None = None
@@ -71,10 +71,6 @@ class StudyConfig:
                 "a positive number")
         require(self.folds is None or self.folds >= 2, "study.folds", self.folds, "at least 2, or null")
         require(0 <= self.seed < 2**32, "study.seed", self.seed, "from 0 to 4294967295")
-        if self.sampler != "grid" and self.trials is None and self.minutes is None:
-            raise ConfigError(
-                f"study.trials and study.minutes are both null: set one, for study.sampler {self.sampler} never ends."
-            )
         if self.pruner != "none":
             require(len(self.metrics) == 1, "study.pruner", self.pruner, "none with two metrics")
             require(self.metrics[0].startswith("val/"), "study.pruner", self.pruner,
@@ -143,6 +139,6 @@ class ConstraintsConfig:
 class SearchConfig:
     """Everything about a search but the experiment and the space."""
 
-    study: StudyConfig = field(default_factory=lambda: StudyConfig(trials=20))
+    study: StudyConfig = field(default_factory=StudyConfig)
     search: SearchRunConfig = field(default_factory=SearchRunConfig)
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)

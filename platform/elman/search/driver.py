@@ -109,6 +109,7 @@ class Driver:
         self.deadline = None if minutes is None else self.begun + 60 * minutes
         self._beat = 0.0
         self.spent_before = 0
+        self._cleared: set[int] = set()
 
     @property
     def wanted(self) -> int | None:
@@ -141,6 +142,7 @@ class Driver:
                 self._fill()
                 self._progress(self)
                 if not self._live and not self._wants_more():
+                    self.clear_checkpoints(thoroughly=True)
                     return
                 self._listen()
                 self._sign_of_life()
@@ -309,15 +311,25 @@ class Driver:
         if keep == 0 or self.config.study.folds is not None:
             return False
         ranked = ranking(self.study)
-        best = [trial.number for trial in ranked[:keep]]
-        if number not in best:
+        if number not in [trial.number for trial in ranked[:keep]]:
             return False
-        for trial in ranked[keep:]:
-            run_id = trial.user_attrs["outcome"]["run_id"]
-            if run_id is not None and not trial.user_attrs.get("checkpoint_gone"):
-                self._store.delete_artifact(run_id, "checkpoints")
-                self._set(trial, "checkpoint_gone", True)
+        self.clear_checkpoints()
         return True
+
+    def clear_checkpoints(self, *, thoroughly: bool = False) -> None:
+        """Take their checkpoints from the trials that are not among the best few (any more).
+
+        Args:
+            thoroughly: Look again at those that had none: a worker may have delivered one late, or a
+                driver that was killed have left it.
+        """
+        if self.config.study.folds is not None:
+            return
+        for trial in ranking(self.study)[self.config.search.keep_checkpoints :]:
+            run_id = trial.user_attrs["outcome"]["run_id"]
+            if run_id is not None and (thoroughly or trial.number not in self._cleared):
+                self._store.delete_artifact(run_id, "checkpoints")
+            self._cleared.add(trial.number)
 
     # Deaths --------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def _open_proxy(url: str) -> BaseStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         proxy = GrpcStorageProxy(host=host, port=int(port))
-    proxy.wait_server_ready(timeout=10)
+    proxy.wait_server_ready(timeout=5)
     return proxy
 
 
@@ -157,8 +157,19 @@ def patient(inner: BaseStorage, note: Callable[[str], None]) -> BaseStorage:
 
     names = [name for name in dir(BaseStorage) if not name.startswith("_") and callable(getattr(BaseStorage, name))]
     # Optuna asks for a BaseStorage, whose abstract methods must stand in the class.
-    methods = {name: staticmethod(tried(name)) for name in names}
-    return type("PatientStorage", (BaseStorage,), methods)()  # type: ignore[no-any-return]
+    methods: dict[str, Any] = {name: staticmethod(tried(name)) for name in names}
+    return type("PatientStorage", (BaseStorage,), {**methods, "inner": inner})()  # type: ignore[no-any-return]
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections of a storage that ``open_storage`` opened."""
+    inner = getattr(storage, "inner", storage)
+    backend = getattr(inner, "_backend", inner)
+    if isinstance(backend, RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
+    elif hasattr(backend, "close"):
+        backend.close()
 
 
 def _wait(begun: float | None, error: Exception, note: Callable[[str], None]) -> float:

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -31,7 +31,7 @@ from elman.search.pool import Pool
 from elman.search.report import record_study
 from elman.search.samplers import build_pruner
 from elman.search.space import Space
-from elman.search.storage import default_storage, open_storage
+from elman.search.storage import close_storage, default_storage, open_storage
 from elman.tasks.hardware import resolve_device
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus
@@ -73,8 +73,15 @@ class SearchResult:
     seconds: float = 0.0
 
 
-def run_search(plan: SearchPlan, reporter: Reporter | None = None) -> SearchResult:
+def run_search(
+    plan: SearchPlan, reporter: Reporter | None = None, make_pool: Callable[..., Pool] = Pool
+) -> SearchResult:
     """Run a study, or go on with it, and train the best settings again.
+
+    Args:
+        plan: The search file, read.
+        reporter: Watches.
+        make_pool: Starts the workers; takes what ``Pool`` takes.
 
     Raises:
         ElmanError: The file, the space, the corpus or the storage cannot be used; no trial has begun.
@@ -89,7 +96,9 @@ def run_search(plan: SearchPlan, reporter: Reporter | None = None) -> SearchResu
     device = resolve_device(plan.base.trainer.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     with StopSignals() as signals:
-        pool = Pool(config.search.workers, plan.base.trainer.threads, plan.base.tracking, gpus)  # come up meanwhile
+        # They come up while the corpus is prepared.
+        pool = make_pool(config.search.workers, plan.base.trainer.threads, plan.base.tracking, gpus)
+        storage = None
         try:
             corpora = [prepare(c, progress=reporter.stage) for c in _corpora(plan)]
             _check_corpus(space, corpora[-1])
@@ -112,6 +121,8 @@ def run_search(plan: SearchPlan, reporter: Reporter | None = None) -> SearchResu
         finally:
             pool.close()
             reporter.close()
+            if storage is not None:
+                close_storage(storage)
 
 
 def join_study(name: str, plan_config: SearchConfig, base: ExperimentConfig, reporter: Reporter) -> int:
@@ -149,6 +160,7 @@ def join_study(name: str, plan_config: SearchConfig, base: ExperimentConfig, rep
         finally:
             pool.close()
             reporter.close()
+            close_storage(storage)
     return agent.done
 
 
@@ -226,13 +238,21 @@ def _open_study(plan: SearchPlan, storage: optuna.storages.BaseStorage, corpus: 
     known = study.user_attrs.get("elman")
     if known is None:
         study.set_user_attr("elman", facts)
-        study.set_metric_names(list(config.metrics)) if len(config.metrics) > 1 else None
+        _name_metrics(study, config.metrics)
     elif known["signature"] != facts["signature"]:
         raise SearchSpaceError(
             f"{plan.source}: study.name {config.name} is an earlier study with another space, experiment, text, "
             "metric, folds or seed: go back to those, or choose another name."
         )
     return study
+
+
+def _name_metrics(study: Study, metrics: Sequence[str]) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(metrics))
 
 
 def _study_run(plan: SearchPlan, store: RunStore, study: Study, corpus: PreparedCorpus) -> Any:

@@ -187,6 +187,7 @@ def _run(job: Job, store: RunStore, report: Report, outcome: Outcome, conclude: 
         finally:
             if outcome.state == "failed":
                 shutil.rmtree(folder, ignore_errors=True)
+        signals.at_once = False  # a trial that is done is not stopped any more
         try:
             _record(run, job, outcome, fits, parameters)
             if conclude() and len(fits) == 1:

@@ -17,11 +17,10 @@ from elman.config.schema import TrackingConfig
 
 
 def work(pipe: Connection, threads: int, gpu: int | None, tracking: TrackingConfig) -> None:
-    """Train what comes through the pipe, until None comes or it closes.
+    """Serve, as a process of its own.
 
     Args:
-        pipe: Brings Jobs; takes ("ready", pid), ("report", step, value) and ("outcome", Outcome), of which
-            the last two are answered by a bool: whether to prune, whether to keep the checkpoint.
+        pipe: See ``serve``.
         threads: This worker's share of the cores.
         gpu: The GPU that is this worker's; None takes none.
         tracking: Where trials are recorded.
@@ -30,6 +29,17 @@ def work(pipe: Connection, threads: int, gpu: int | None, tracking: TrackingConf
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    serve(pipe, tracking)
+
+
+def serve(pipe: Connection, tracking: TrackingConfig) -> None:
+    """Train what comes through the pipe, until None comes or it closes.
+
+    Args:
+        pipe: Brings Jobs; takes ("ready", pid), ("report", step, value), ("outcome", Outcome) and ("free", None).
+            A report and an outcome are answered by a bool: whether to prune, whether to keep the checkpoint.
+        tracking: Where trials are recorded.
+    """
     from elman.search.trial import Job, Outcome, run_trial
     from elman.tracking.store import RunStore
 

