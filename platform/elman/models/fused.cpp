@@ -15,11 +15,11 @@
 //
 // Products take vdpbf16ps where the compiler may use it. Elsewhere the same source computes the
 // same with vectors of any width: slowly, but enough for tests.
-#include <cmath>
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <atomic>
 #include <new>
 #include <utility>
 #include <omp.h>
@@ -259,9 +259,10 @@ struct Window {
     const float* table;      // (V, gates P), with tokens
     const Bits* input;       // (T, B, gates P) bfloat16, without
     float* h;                // (B, P): in the state before, out the one after
-    float* c;                // (B, P) for evaluation, (T + 1, B, P) for training
+    float* c;                // (B, P) for evaluation, (T + 1, B, P) for training; the textbook's GRU keeps z there
     Bits* outputs;           // (T + 1, B, P) bfloat16: h before and after every step
     Bits* saved;             // (T, B, columns P) half: what backward needs
+    Bits* reset;             // (T, B, P) bfloat16: r ⊙ h, where it is what is multiplied
     // Backward only.
     Bits* gates;             // (T, B, columns P) bfloat16: gradients of the gates; may be saved itself
     const Bits* d_outputs;   // (T, B, P) bfloat16, or null
@@ -274,60 +275,97 @@ struct Window {
 
 namespace {
 
+constexpr long ROWS = 96;  // at a time: their sums fit into L1 beside the weights that pass through
+
 inline long padded(const Window& w) { return (w.hidden + LANES - 1) / LANES * LANES; }
 
-// Where a thread works: its panels, each of some vectors of units.
-struct Share {
-    long units, panel, first, last;
+// What a thread works on: its panels, each of some vectors of units, with their weights.
+struct Worker {
+    const Window& w;
+    Barrier& barrier;
+    int team;
+    long units, first, last;  // panels
+    Bits* weights;
+    float* sums;
 
-    Share(const Window& w, long width, int me, int team) {
+    Worker(const Window& window, Barrier& shared, long gates) : w(window), barrier(shared) {
+        team = omp_get_num_threads();
         units = padded(w);
-        panel = width;
-        const long panels = (units / LANES + panel - 1) / panel;
-        first = panels * me / team;
-        last = panels * (me + 1) / team;
+        const long panels = (units / LANES + w.panel - 1) / w.panel;
+        first = panels * omp_get_thread_num() / team;
+        last = panels * (omp_get_thread_num() + 1) / team;
+        const size_t size = sizeof(Bits) * gates * units * (last - first) * w.panel * LANES;
+        weights = (Bits*)scratch.take(size + sizeof(float) * ROWS * 4 * LANES);
+        sums = (float*)((char*)weights + size);
     }
-    long begin(long p) const { return p * panel * LANES; }
-    long vectors(long p) const {
-        const long left = units / LANES - p * panel;
-        return left < panel ? left : panel;
+    long begin(long p) const { return p * w.panel * LANES; }
+    long vectors(long p) const { return std::min<long>(units / LANES - p * w.panel, w.panel); }
+    void wait() { barrier.wait(team); }
+
+    // Gates of weight_hh for the forward product: per panel (units / 2, vectors × gates, 16, 2).
+    Bits* pack_forward(long first_gate, long gates, Bits* to) const {
+        const long h = w.hidden;
+        for (long p = first; p < last; p++) {
+            const long n = vectors(p) * gates;
+            for (long j = 0; j < n; j++) {
+                const long unit = begin(p) + j / gates * LANES;
+                const float* rows = w.weight_hh + ((first_gate + j % gates) * h + unit) * h;
+                for (long k = 0; k < units; k += 2)
+                    for (long lane = 0; lane < LANES; lane++)
+                        for (long odd = 0; odd < 2; odd++)
+                            to[(k / 2 * n + j) * 2 * LANES + lane * 2 + odd] =
+                                unit + lane < h && k + odd < h ? bf16_of(rows[lane * h + k + odd]) : 0;
+            }
+            to += units * n * LANES;
+        }
+        return to;
+    }
+
+    // Their transpose for the backward product: per panel (gates × units / 2, vectors, 16, 2).
+    Bits* pack_backward(long first_gate, long gates, Bits* to) const {
+        const long h = w.hidden;
+        for (long p = first; p < last; p++) {
+            const long n = vectors(p);
+            for (long k = 0; k < gates * units; k++) {
+                const long unit = k % units;
+                const float* row = w.weight_hh + ((first_gate + k / units) * h + unit) * h + begin(p);
+                for (long j = 0; j < n * LANES; j++)
+                    to[k / 2 * n * 2 * LANES + j * 2 + k % 2] = unit < h && begin(p) + j < h ? bf16_of(row[j]) : 0;
+            }
+            to += gates * units * n * LANES;
+        }
+        return to;
+    }
+
+    // One product and what surrounds it, over the thread's units and all rows. ``prepare`` writes
+    // what is added to the product, ``finish`` takes the sums: both for one vector of units and
+    // some rows, whose sums are ``stride`` apart. Without ``a`` there is no product.
+    template <class Prepare, class Finish>
+    void sweep(long gates, const Bits* a, long a_stride, const Bits* panel, long pairs, Prepare prepare, Finish finish) {
+        for (long p = first; p < last; p++) {
+            const long n = vectors(p) * gates, stride = n * LANES;
+            for (long row = 0; row < w.batch; row += ROWS) {
+                const long end = std::min<long>(row + ROWS, w.batch);
+                for (long v = 0; v < vectors(p); v++)
+                    prepare(begin(p) + v * LANES, row, end, sums + v * gates * LANES, stride);
+                if (a) product(n, a + row * a_stride, a_stride, panel, pairs, sums, end - row);
+                for (long v = 0; v < vectors(p); v++)
+                    finish(begin(p) + v * LANES, row, end, sums + v * gates * LANES, stride);
+            }
+            panel += 2 * pairs * stride;
+        }
+    }
+
+    // The state before the window, as the first product takes it.
+    void round_state() {
+        for (long p = first; p < last; p++)
+            for (long row = 0; row < w.batch; row++)
+                for (long v = 0; v < vectors(p); v++) {
+                    const long at = row * units + begin(p) + v * LANES;
+                    to_bf16(w.outputs + at, load<Floats>(w.h + at));
+                }
     }
 };
-
-// W_hh for the forward product: per panel (units / 2, vectors × gates, 16, 2).
-void pack_forward(const Window& w, const Share& share, long gates, Bits* to) {
-    const long h = w.hidden;
-    for (long p = share.first; p < share.last; p++) {
-        const long n = share.vectors(p) * gates;
-        for (long j = 0; j < n; j++) {
-            const long unit = share.begin(p) + j / gates * LANES, gate = j % gates;
-            for (long lane = 0; lane < LANES; lane++) {
-                const float* row = w.weight_hh + (gate * h + unit + lane) * h;
-                const bool real = unit + lane < h;
-                for (long k = 0; k < share.units; k++)
-                    to[((k / 2) * n + j) * 2 * LANES + lane * 2 + k % 2] = real && k < h ? bf16_of(row[k]) : 0;
-            }
-        }
-        to += share.units * n * LANES;
-    }
-}
-
-// Its transpose for the backward product: per panel (gates × units / 2, vectors, 16, 2).
-void pack_backward(const Window& w, const Share& share, long gates, Bits* to) {
-    const long h = w.hidden;
-    for (long p = share.first; p < share.last; p++) {
-        const long n = share.vectors(p);
-        for (long k = 0; k < gates * share.units; k++) {
-            const long gate = k / share.units, unit = k % share.units;
-            const float* row = w.weight_hh + (gate * h + unit) * h;
-            for (long j = 0; j < n * LANES; j++) {
-                const long column = share.begin(p) + j;
-                to[(k / 2) * n * 2 * LANES + j * 2 + k % 2] = unit < h && column < h ? bf16_of(row[column]) : 0;
-            }
-        }
-        to += gates * share.units * n * LANES;
-    }
-}
 
 // Cells ------------------------------------------------------------------------------------
 
@@ -338,7 +376,7 @@ void pack_backward(const Window& w, const Share& share, long gates, Bits* to) {
 template <bool RELU>
 struct Rnn {
     static constexpr int gates = 1, columns = 1, recurrent = 0;
-    static constexpr bool has_c = false, carries = false;
+    static constexpr bool carries = false;
 
     static void forward(const Window& w, long t, long at, long units, long row, long unit, const float* s, Floats) {
         const Floats a = load<Floats>(s);
@@ -357,14 +395,14 @@ struct Rnn {
         if (t == w.steps - 1) store(w.h + row * units + unit, h);
     }
 
-    static void backward(const Window& w, long, long at, long units, long, long unit, Floats dh, Floats* d) {
+    static void backward(const Window& w, long at, long units, long, long unit, Floats dh, Floats* d) {
         d[0] = dh * from_half(w.saved + at * units + unit);
     }
 };
 
 struct Lstm {
     static constexpr int gates = 4, columns = 4, recurrent = 0;
-    static constexpr bool has_c = true, carries = false;
+    static constexpr bool carries = false;
 
     static void forward(const Window& w, long t, long at, long units, long row, long unit, const float* s, Floats) {
         const Floats i = sigmoid(load<Floats>(s)), f = sigmoid(load<Floats>(s + LANES));
@@ -385,7 +423,7 @@ struct Lstm {
         if (t == w.steps - 1) store(w.h + row * units + unit, h);
     }
 
-    static void backward(const Window& w, long, long at, long units, long row, long unit, Floats dh, Floats* d) {
+    static void backward(const Window& w, long at, long units, long row, long unit, Floats dh, Floats* d) {
         const Bits* saved = w.saved + at * 4 * units + unit;
         const Floats i = from_half(saved), f = from_half(saved + units);
         const Floats g = from_half(saved + 2 * units), o = from_half(saved + 3 * units);
@@ -402,7 +440,7 @@ struct Lstm {
 
 struct Gru {
     static constexpr int gates = 3, columns = 4, recurrent = 1;
-    static constexpr bool has_c = false, carries = true;
+    static constexpr bool carries = true;
 
     static void forward(const Window& w, long, long at, long units, long row, long unit, const float* s, Floats x) {
         const Floats r = sigmoid(load<Floats>(s)), z = sigmoid(load<Floats>(s + LANES));
@@ -421,7 +459,7 @@ struct Gru {
         }
     }
 
-    static void backward(const Window& w, long, long at, long units, long row, long unit, Floats dh, Floats* d) {
+    static void backward(const Window& w, long at, long units, long row, long unit, Floats dh, Floats* d) {
         const Bits* saved = w.saved + at * 4 * units + unit;
         const Floats n = from_half(saved), r = from_half(saved + units);
         const Floats z = from_half(saved + 2 * units), product = from_half(saved + 3 * units);
@@ -436,144 +474,229 @@ struct Gru {
 
 // The window -------------------------------------------------------------------------------
 
-constexpr long ROWS = 96;  // at a time: their sums fit into L1 beside the weights that pass through
-
-template <class Cell, bool TABLE>
-inline Floats input_at(const Window& w, long at, long column) {
-    if (TABLE) return load<Floats>(w.table + w.tokens[at] * Cell::gates * padded(w) + column);
-    return from_bf16(w.input + at * Cell::gates * padded(w) + column);
+template <bool TABLE>
+inline Floats input_at(const Window& w, long width, long at, long column) {
+    if (TABLE) return load<Floats>(w.table + w.tokens[at] * width + column);
+    return from_bf16(w.input + at * width + column);
 }
 
 template <class Cell, bool TABLE>
 void forward(const Window& w) {
     constexpr long gates = Cell::gates;
-    const long units = padded(w), batch = w.batch;
+    const long units = padded(w), width = gates * units;
     Barrier barrier;
 #pragma omp parallel num_threads(w.threads)
     {
-        const int me = omp_get_thread_num(), team = omp_get_num_threads();
-        const Share share(w, w.panel, me, team);
-        const long mine = (share.last - share.first) * share.panel * LANES;
-        const size_t weights_size = sizeof(Bits) * gates * units * mine;
-        Bits* weights = (Bits*)scratch.take(weights_size + sizeof(float) * ROWS * 4 * LANES);
-        float* sums = (float*)((char*)weights + weights_size);
-        pack_forward(w, share, gates, weights);
-        for (long row = 0; row < batch; row++)
-            for (long p = share.first; p < share.last; p++)
-                for (long v = 0; v < share.vectors(p); v++) {
-                    const long at = row * units + share.begin(p) + v * LANES;
-                    to_bf16(w.outputs + at, load<Floats>(w.h + at));
-                }
-        barrier.wait(team);
+        Worker worker(w, barrier, gates);
+        worker.pack_forward(0, gates, worker.weights);
+        worker.round_state();
+        worker.wait();
         for (long t = 0; t < w.steps; t++) {
-            const Bits* panel_weights = weights;
-            for (long p = share.first; p < share.last; p++) {
-                const long vectors = share.vectors(p), n = vectors * gates;
-                for (long begin = 0; begin < batch; begin += ROWS) {
-                    const long end = begin + ROWS < batch ? begin + ROWS : batch;
-                    for (long v = 0; v < vectors; v++) {
-                        const long unit = share.begin(p) + v * LANES;
-                        Floats bias[gates];
-                        for (long g = 0; g < gates; g++) bias[g] = load<Floats>(w.bias + (Cell::recurrent + g) * units + unit);
-                        for (long row = begin; row < end; row++)
-                            for (long g = 0; g < gates; g++) {
-                                Floats sum = bias[g];
-                                // The GRU's n takes its input after the product.
-                                if (Cell::recurrent == 0 || g < 2)
-                                    sum += input_at<Cell, TABLE>(w, t * batch + row, (Cell::recurrent + g) * units + unit);
-                                store(sums + ((row - begin) * n + v * gates + g) * LANES, sum);
-                            }
-                    }
-                    product(n, w.outputs + (t * batch + begin) * units, units, panel_weights, units / 2, sums, end - begin);
-                    for (long v = 0; v < vectors; v++) {
-                        const long unit = share.begin(p) + v * LANES;
-                        const Floats bias = load<Floats>(w.bias + unit);
-                        for (long row = begin; row < end; row++) {
-                            const long at = t * batch + row;
-                            Floats x = bias;
-                            if (Cell::recurrent) x += input_at<Cell, TABLE>(w, at, unit);
-                            Cell::forward(w, t, at, units, row, unit, sums + ((row - begin) * n + v * gates) * LANES, x);
+            worker.sweep(
+                gates, w.outputs + t * w.batch * units, units, worker.weights, units / 2,
+                [&](long unit, long row, long end, float* s, long stride) {
+                    Floats bias[gates];
+                    for (long g = 0; g < gates; g++) bias[g] = load<Floats>(w.bias + (Cell::recurrent + g) * units + unit);
+                    for (; row < end; row++, s += stride)
+                        for (long g = 0; g < gates; g++) {
+                            Floats sum = bias[g];
+                            const long column = Cell::recurrent + g;
+                            // The GRU's last takes its input after the product, in its first column.
+                            if (column < gates) sum += input_at<TABLE>(w, width, t * w.batch + row, column * units + unit);
+                            store(s + g * LANES, sum);
                         }
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    const Floats bias = load<Floats>(w.bias + unit);
+                    for (; row < end; row++, s += stride) {
+                        const long at = t * w.batch + row;
+                        Floats x = bias;
+                        if (Cell::recurrent) x += input_at<TABLE>(w, width, at, unit);
+                        Cell::forward(w, t, at, units, row, unit, s, x);
                     }
-                }
-                panel_weights += units * n * LANES;
-            }
-            barrier.wait(team);
+                });
+            worker.wait();
         }
     }
+}
+
+// The gradients of one vector of units at one step: rounded, and summed into the biases' and the table's.
+template <long COLUMNS, long GATES, bool TABLE>
+inline void keep(const Window& w, long at, long units, long unit, long column, Floats d, Floats& d_bias) {
+    to_bf16(w.gates + (at * COLUMNS + column) * units + unit, d);
+    d_bias += d;
+    if (TABLE && column < GATES) {
+        float* sum = w.d_table + (w.tokens[at] * GATES + column) * units + unit;
+        store(sum, load<Floats>(sum) + d);
+    }
+}
+
+// What reaches h of step t from outside of the recurrent product.
+inline Floats d_h_at(const Window& w, long t, long units, long row, long unit, bool carries) {
+    Floats sum{};
+    if (carries || t == w.steps - 1) sum = load<Floats>(w.d_h + row * units + unit);
+    if (t >= 0 && w.d_outputs) sum += from_bf16(w.d_outputs + (t * w.batch + row) * units + unit);
+    return sum;
 }
 
 template <class Cell, bool TABLE>
 void backward(const Window& w) {
     constexpr long gates = Cell::gates, columns = Cell::columns;
-    const long units = padded(w), batch = w.batch;
+    const long units = padded(w);
     Barrier barrier;
 #pragma omp parallel num_threads(w.threads)
     {
-        const int me = omp_get_thread_num(), team = omp_get_num_threads();
-        const Share share(w, w.panel, me, team);
-        const long mine = (share.last - share.first) * share.panel * LANES;
-        const size_t weights_size = sizeof(Bits) * gates * units * mine;
-        Bits* weights = (Bits*)scratch.take(weights_size + sizeof(float) * ROWS * 4 * LANES);
-        float* sums = (float*)((char*)weights + weights_size);
-        pack_backward(w, share, gates, weights);
+        Worker worker(w, barrier, gates);
+        worker.pack_backward(0, gates, worker.weights);
         // The step before the first has no gates: there only the state's gradient is finished.
         for (long t = w.steps - 1; t >= (w.wants_d_h ? -1 : 0); t--) {
-            const Bits* panel_weights = weights;
-            for (long p = share.first; p < share.last; p++) {
-                const long n = share.vectors(p);
-                for (long begin = 0; begin < batch; begin += ROWS) {
-                    const long end = begin + ROWS < batch ? begin + ROWS : batch;
-                    for (long row = begin; row < end; row++)
-                        for (long v = 0; v < n; v++) {
-                            const long unit = share.begin(p) + v * LANES;
-                            Floats sum{};
-                            if (Cell::carries || t == w.steps - 1) sum = load<Floats>(w.d_h + row * units + unit);
-                            if (t >= 0 && w.d_outputs) sum += from_bf16(w.d_outputs + (t * batch + row) * units + unit);
-                            store(sums + ((row - begin) * n + v) * LANES, sum);
-                        }
-                    if (t < w.steps - 1) {
-                        const Bits* after = w.gates + ((t + 1) * batch + begin) * columns * units + Cell::recurrent * units;
-                        product(n, after, columns * units, panel_weights, gates * units / 2, sums, end - begin);
+            const Bits* after = w.gates + ((t + 1) * w.batch * columns + Cell::recurrent) * units;
+            worker.sweep(
+                1, t < w.steps - 1 ? after : nullptr, columns * units, worker.weights, gates * units / 2,
+                [&](long unit, long row, long end, float* s, long stride) {
+                    for (; row < end; row++, s += stride) store(s, d_h_at(w, t, units, row, unit, Cell::carries));
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    if (t < 0) {
+                        for (; row < end; row++, s += stride) store(w.d_h + row * units + unit, load<Floats>(s));
+                        return;
                     }
-                    for (long v = 0; v < n; v++) {
-                        const long unit = share.begin(p) + v * LANES;
-                        if (t < 0) {
-                            for (long row = begin; row < end; row++)
-                                store(w.d_h + row * units + unit, load<Floats>(sums + ((row - begin) * n + v) * LANES));
-                            continue;
-                        }
-                        Floats d_bias[columns];
-                        for (long g = 0; g < columns; g++) d_bias[g] = load<Floats>(w.d_bias + g * units + unit);
-                        for (long row = begin; row < end; row++) {
-                            const long at = t * batch + row;
-                            Floats d[columns];
-                            Cell::backward(w, t, at, units, row, unit, load<Floats>(sums + ((row - begin) * n + v) * LANES), d);
-                            for (long g = 0; g < columns; g++) {
-                                to_bf16(w.gates + (at * columns + g) * units + unit, d[g]);
-                                d_bias[g] += d[g];
-                            }
-                            if (TABLE)
-                                for (long g = 0; g < gates; g++) {
-                                    float* sum = w.d_table + (w.tokens[at] * gates + g) * units + unit;
-                                    store(sum, load<Floats>(sum) + d[g]);
-                                }
-                        }
-                        for (long g = 0; g < columns; g++) store(w.d_bias + g * units + unit, d_bias[g]);
+                    Floats d[columns], d_bias[columns];
+                    for (long g = 0; g < columns; g++) d_bias[g] = load<Floats>(w.d_bias + g * units + unit);
+                    for (; row < end; row++, s += stride) {
+                        const long at = t * w.batch + row;
+                        Cell::backward(w, at, units, row, unit, load<Floats>(s), d);
+                        for (long g = 0; g < columns; g++) keep<columns, gates, TABLE>(w, at, units, unit, g, d[g], d_bias[g]);
                     }
-                }
-                panel_weights += gates * units * n * LANES;
-            }
-            barrier.wait(team);
+                    for (long g = 0; g < columns; g++) store(w.d_bias + g * units + unit, d_bias[g]);
+                });
+            worker.wait();
+        }
+    }
+}
+
+// The textbook's GRU has two products a step, for n's waits for r.
+template <bool TABLE>
+void forward_reset_before(const Window& w) {
+    const long units = padded(w), width = 3 * units;
+    Barrier barrier;
+#pragma omp parallel num_threads(w.threads)
+    {
+        Worker worker(w, barrier, 3);
+        Bits* const candidate_weights = worker.pack_forward(0, 2, worker.weights);
+        worker.pack_forward(2, 1, candidate_weights);
+        worker.round_state();
+        worker.wait();
+        for (long t = 0; t < w.steps; t++) {
+            const long begin = t * w.batch;
+            Bits* const reset = w.reset + (w.saved ? begin * units : 0);
+            worker.sweep(
+                2, w.outputs + begin * units, units, worker.weights, units / 2,
+                [&](long unit, long row, long end, float* s, long stride) {
+                    for (; row < end; row++, s += stride)
+                        for (long g = 0; g < 2; g++) {
+                            const Floats bias = load<Floats>(w.bias + g * units + unit);
+                            store(s + g * LANES, bias + input_at<TABLE>(w, width, begin + row, g * units + unit));
+                        }
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    for (; row < end; row++, s += stride) {
+                        const Floats r = sigmoid(load<Floats>(s)), z = sigmoid(load<Floats>(s + LANES));
+                        to_bf16(reset + row * units + unit, r * load<Floats>(w.h + row * units + unit));
+                        store(w.c + row * units + unit, z);  // until n is there
+                        if (w.saved) to_half(w.saved + (begin + row) * width + unit, r);
+                    }
+                });
+            worker.wait();
+            worker.sweep(
+                1, reset, units, candidate_weights, units / 2,
+                [&](long unit, long row, long end, float* s, long stride) {
+                    const Floats bias = load<Floats>(w.bias + 2 * units + unit);
+                    for (; row < end; row++, s += stride)
+                        store(s, bias + input_at<TABLE>(w, width, begin + row, 2 * units + unit));
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    for (; row < end; row++, s += stride) {
+                        const Floats n = tangent(load<Floats>(s)), z = load<Floats>(w.c + row * units + unit);
+                        const Floats before = load<Floats>(w.h + row * units + unit);
+                        const Floats h = before + z * (n - before);
+                        store(w.h + row * units + unit, h);
+                        to_bf16(w.outputs + (begin + w.batch + row) * units + unit, h);
+                        if (w.saved) {
+                            Bits* saved = w.saved + (begin + row) * width + unit;
+                            to_half(saved + units, z);
+                            to_half(saved + 2 * units, n);
+                        }
+                    }
+                });
+            worker.wait();
+        }
+    }
+}
+
+template <bool TABLE>
+void backward_reset_before(const Window& w) {
+    const long units = padded(w), width = 3 * units;
+    Barrier barrier;
+#pragma omp parallel num_threads(w.threads)
+    {
+        Worker worker(w, barrier, 3);
+        Bits* const candidate_weights = worker.pack_backward(0, 2, worker.weights);
+        worker.pack_backward(2, 1, candidate_weights);
+        for (long t = w.steps - 1; t >= (w.wants_d_h ? -1 : 0); t--) {
+            const long begin = t * w.batch;
+            worker.sweep(
+                1, t < w.steps - 1 ? w.gates + (begin + w.batch) * width : nullptr, width, worker.weights, units,
+                [&](long unit, long row, long end, float* s, long stride) {
+                    for (; row < end; row++, s += stride) store(s, d_h_at(w, t, units, row, unit, true));
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    if (t < 0) {
+                        for (; row < end; row++, s += stride) store(w.d_h + row * units + unit, load<Floats>(s));
+                        return;
+                    }
+                    Floats d_bias_z = load<Floats>(w.d_bias + units + unit);
+                    Floats d_bias_n = load<Floats>(w.d_bias + 2 * units + unit);
+                    for (; row < end; row++, s += stride) {
+                        const long at = begin + row;
+                        const Bits* saved = w.saved + at * width + unit;
+                        const Floats z = from_half(saved + units), n = from_half(saved + 2 * units);
+                        const Floats before = from_bf16(w.outputs + at * units + unit), dh = load<Floats>(s);
+                        keep<3, 3, TABLE>(w, at, units, unit, 1, dh * (n - before) * z * (1.0f - z), d_bias_z);
+                        keep<3, 3, TABLE>(w, at, units, unit, 2, dh * z * (1.0f - n * n), d_bias_n);
+                        store(w.d_h + row * units + unit, dh * (1.0f - z));
+                    }
+                    store(w.d_bias + units + unit, d_bias_z);
+                    store(w.d_bias + 2 * units + unit, d_bias_n);
+                });
+            worker.wait();
+            if (t < 0) break;
+            worker.sweep(
+                1, w.gates + begin * width + 2 * units, width, candidate_weights, units / 2,
+                [&](long, long row, long end, float* s, long stride) {
+                    for (; row < end; row++, s += stride) store(s, Floats{});
+                },
+                [&](long unit, long row, long end, const float* s, long stride) {
+                    Floats d_bias = load<Floats>(w.d_bias + unit);
+                    for (; row < end; row++, s += stride) {
+                        const long at = begin + row;
+                        const Floats r = from_half(w.saved + at * width + unit), d_reset = load<Floats>(s);
+                        const Floats before = from_bf16(w.outputs + at * units + unit);
+                        keep<3, 3, TABLE>(w, at, units, unit, 0, d_reset * before * r * (1.0f - r), d_bias);
+                        float* carried = w.d_h + row * units + unit;
+                        store(carried, load<Floats>(carried) + d_reset * r);
+                    }
+                    store(w.d_bias + unit, d_bias);
+                });
+            worker.wait();
         }
     }
 }
 
 template <class Cell>
-int run(const Window& w, bool is_forward) {
+void run(const Window& w, bool is_forward) {
     if (is_forward) (w.tokens ? forward<Cell, true> : forward<Cell, false>)(w);
     else (w.tokens ? backward<Cell, true> : backward<Cell, false>)(w);
-    return 0;
 }
 
 }  // namespace
@@ -584,5 +707,10 @@ void elman_rnn_tanh(const Window* w, int is_forward) { run<Rnn<false>>(*w, is_fo
 void elman_rnn_relu(const Window* w, int is_forward) { run<Rnn<true>>(*w, is_forward); }
 void elman_lstm(const Window* w, int is_forward) { run<Lstm>(*w, is_forward); }
 void elman_gru(const Window* w, int is_forward) { run<Gru>(*w, is_forward); }
+
+void elman_gru_reset_before(const Window* w, int is_forward) {
+    if (is_forward) (w->tokens ? forward_reset_before<true> : forward_reset_before<false>)(*w);
+    else (w->tokens ? backward_reset_before<true> : backward_reset_before<false>)(*w);
+}
 
 }

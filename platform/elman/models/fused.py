@@ -4,7 +4,8 @@ The product of the input is left to torch: ahead of the window, for all its step
 once per row of a small vocabulary, whose rows the kernel then looks up.
 
 Shape suffixes: B batch, T time steps, I input, H hidden, P hidden padded for the kernel,
-G gates × P, C saved columns × P, V rows of a table.
+G gates × P, C saved columns × P, V rows of a table,
+N steps × batch.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ LAYOUTS = {
     "rnn_relu": Layout(1, 1, 0, 4),
     "lstm": Layout(4, 4, 0, 1),
     "gru": Layout(3, 4, 1, 1),
+    "gru_reset_before": Layout(3, 3, 0, 2),
 }
 
 
@@ -68,7 +70,7 @@ class _Window(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("weight_hh", "bias", "tokens", "table", "input", "h", "c", "outputs", "saved"),
+                *("weight_hh", "bias", "tokens", "table", "input", "h", "c", "outputs", "saved", "reset"),
                 *("gates", "d_outputs", "d_h", "d_c", "d_table", "d_bias"),
             )
         ),
@@ -143,13 +145,15 @@ class _FusedWindow(torch.autograd.Function):
         trained = any(ctx.needs_input_grad)
         h_BP, *c = (part.detach().to(torch.float32, copy=True).contiguous() for part in state)
         outputs_TBP = torch.empty(length + 1, batch_size, padded_size, dtype=torch.bfloat16)
-        saved_TBC = None
+        saved_TBC = reset_TBP = None
         if trained:
             saved_TBC = _buffer((length, batch_size, layout.columns * padded_size), torch.float16)
             if c:
                 c_TBP = _buffer((length + 1, batch_size, padded_size), torch.float32)
                 c_TBP[0] = c[0]
                 c = [c_TBP]
+        if kind == "gru_reset_before":
+            reset_TBP = outputs_TBP.new_empty(length if trained else 1, batch_size, padded_size)
         weight_hh = weight_hh.detach().float().contiguous()
         call = {
             "weight_hh": weight_hh,
@@ -157,14 +161,15 @@ class _FusedWindow(torch.autograd.Function):
             "tokens": tokens_TB,
             "input" if tokens_TB is None else "table": inputs.detach().contiguous(),
             "h": h_BP,
-            "c": c[0] if c else None,
+            "c": c[0] if c else torch.empty_like(h_BP),
             "outputs": outputs_TBP,
             "saved": saved_TBC,
+            "reset": reset_TBP,
         }
         _call(kind, layout.vectors, call, is_forward=True)
         if trained:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(weight_hh, tokens_TB, outputs_TBP, saved_TBC, *c)
+            ctx.save_for_backward(weight_hh, tokens_TB, outputs_TBP, saved_TBC, reset_TBP, *c)
             ctx.kind, ctx.num_rows, ctx.spent = kind, inputs.shape[0], False
         return (outputs_TBP[1:], h_BP, *(part[-1].clone() if trained else part for part in c))
 
@@ -174,7 +179,7 @@ class _FusedWindow(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("A fused window goes backward once: what it saved is overwritten.")
         ctx.spent = True
-        weight_hh, tokens_TB, outputs_TBP, saved_TBC, *c = ctx.saved_tensors
+        weight_hh, tokens_TB, outputs_TBP, saved_TBC, reset_TBP, *c = ctx.saved_tensors
         layout: Layout = LAYOUTS[ctx.kind]
         hidden_size, (batch_size, padded_size) = weight_hh.shape[1], outputs_TBP.shape[1:]
         gates_TBC = saved_TBC.view(torch.bfloat16)
@@ -202,8 +207,13 @@ class _FusedWindow(torch.autograd.Function):
         _call(ctx.kind, vectors, call, is_forward=False, wants_d_h=any(wants[5:]))
         d_weight_hh = None
         if wants[3]:
-            recurrent_TBG = gates_TBC[..., layout.recurrent * padded_size :]
-            d_weight_GP = recurrent_TBG.flatten(0, 1).t() @ outputs_TBP[:-1].flatten(0, 1)
+            gates_NG = gates_TBC[..., layout.recurrent * padded_size :].flatten(0, 1)
+            before_NP = outputs_TBP[:-1].flatten(0, 1)
+            if reset_TBP is None:
+                d_weight_GP = gates_NG.t() @ before_NP
+            else:
+                rz_NG, n_NP = torch.split(gates_NG, [2 * padded_size, padded_size], dim=1)
+                d_weight_GP = torch.cat((rz_NG.t() @ before_NP, n_NP.t() @ reset_TBP.flatten(0, 1)))
             d_weight_hh = d_weight_GP.unflatten(0, (layout.gates, padded_size))[:, :hidden_size, :hidden_size]
             d_weight_hh = d_weight_hh.reshape(weight_hh.shape)
         d_inputs = gates_TBC[..., : layout.gates * padded_size] if d_table_VG is None else d_table_VG
