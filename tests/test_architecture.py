@@ -18,7 +18,7 @@ DOORS = {
     "optuna": ("search/",),
     "datasets": ("text/corpus.py",),
     "jsonargparse": ("config/load.py",),
-    "lightning": ("tasks/", "data/", "tracking/logger.py", "training/"),
+    "lightning": ("tasks/", "data/", "tracking/logger.py", "training/", "search/"),
 }
 
 

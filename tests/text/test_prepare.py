@@ -149,3 +149,40 @@ def test_a_text_of_one_repeated_symbol_is_refused(tmp_path, level) -> None:
     path.write_text("a " * 4000 if level == "word" else "a" * 4000)
     with pytest.raises(DataError, match="nothing but 'a', repeated"):
         prepare(CorpusConfig(name=str(path), level=level), tmp_path / "cache")
+
+
+def _splits(path: Path, cache: Path, **settings: object) -> dict[str, str]:
+    prepared = prepare(CorpusConfig(name=str(path), **settings), cache=cache)  # type: ignore[arg-type]
+    return {name: prepared.tokenizer.decode(split.open().tolist()) for name, split in prepared.splits.items()}
+
+
+def test_folds_are_contiguous_blocks_with_a_gap_and_each_character_is_held_out_once(tmp_path: Path) -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(1000))  # every character tells its place
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    held = ""
+    for fold in range(3):
+        splits = _splits(
+            path, tmp_path, level="byte", folds=3, fold=fold, fold_gap=10, test_fraction=0.1, validation_fraction=0.2
+        )
+        validation, train = splits["validation"], splits["train"]
+        held += validation
+        begin, end = text.index(validation[0]), text.index(validation[-1]) + 1
+        assert validation == text[begin:end]
+        assert train == text[: max(0, begin - 10)] + text[end + 10 : 900]
+        assert splits["test"] == text[900:]
+    assert held == text[:900]
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.99])
+def test_a_training_fraction_thins_the_training_split_alone_and_evenly(tmp_path: Path, fraction: float) -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(4000))
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    whole = _splits(path, tmp_path, level="byte")
+    part = _splits(path, tmp_path, level="byte", training_fraction=fraction)
+    assert {name: part[name] for name in ("validation", "test")} == {n: whole[n] for n in ("validation", "test")}
+    assert len(part["train"]) == pytest.approx(fraction * len(whole["train"]), abs=20)
+    assert part["train"] == "".join(sorted(part["train"]))
+    halves = [sum(c < whole["train"][1800] for c in part["train"]), sum(c >= whole["train"][1800] for c in part["train"])]
+    assert halves[0] == pytest.approx(halves[1], abs=20)

@@ -64,6 +64,8 @@ class CorpusConfig:
     test_fraction: float = 0.05
     """Share of the characters, at the end, cut off as test split where the corpus has no official
     split; 0 makes none."""
+    training_fraction: float = 1.0
+    """Share of the training split that is used, spread over it in twenty pieces: for learning curves."""
     folds: int | None = None
     """Blocks of running text that k-fold cross-validation cuts the training text into, together with what
     would be cut off it as validation split; None makes no folds."""
@@ -101,6 +103,10 @@ class CorpusConfig:
         _probability("corpus.test_fraction", self.test_fraction)
         require(self.validation_fraction + self.test_fraction < 1, "corpus.validation_fraction + corpus.test_fraction",
                  self.validation_fraction + self.test_fraction, "below 1")
+        require(0 < self.training_fraction <= 1, "corpus.training_fraction", self.training_fraction,
+                "above 0 and at most 1")
+        require(self.training_fraction == 1 or not self.streaming, "corpus.training_fraction", self.training_fraction,
+                "1 with corpus.streaming, whose length is not known")
         self._check_folds()
         require(self.streaming_sample >= 1000, "corpus.streaming_sample", self.streaming_sample, "at least 1000")
         require(self.min_count >= 1, "corpus.min_count", self.min_count, "at least 1")

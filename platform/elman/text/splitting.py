@@ -5,10 +5,11 @@ Never shuffled: over running text, shuffling would put the neighbours of every h
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 from elman.config.schema import CorpusConfig
-from elman.text.streams import ChainStream, RangeStream, Stream, count_characters
+from elman.text.streams import ChainStream, RangeStream, Stream, ThinnedStream, count_characters
 
 
 def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
@@ -20,6 +21,10 @@ def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
 
     Source: Burman, Chow & Nolan (1994), doi:10.1093/biomet/81.2.351 (blocks of dependent data, with a gap).
     """
+    if config.training_fraction < 1:
+        whole = cut(streams, replace(config, training_fraction=1.0))
+        train = whole["train"]
+        return whole | {"train": ThinnedStream(train, count_characters(train), config.training_fraction)}
     if config.folds is not None:
         return _fold(streams, config)
     validation, test = _wanting(streams, config)

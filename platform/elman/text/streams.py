@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 from elman.text.readers import Batch
@@ -86,6 +87,49 @@ class ChainStream:
         """The pieces of each part in turn."""
         for part in self.parts:
             yield from part.batches()
+
+
+@dataclass(frozen=True)
+class ThinnedStream:
+    """A share of another stream: the beginning of each of a number of equal blocks of it.
+
+    Args:
+        base: The whole.
+        characters: Its length.
+        fraction: Share of each block that stays.
+        blocks: How many; each kept piece begins as a document of its own.
+    """
+
+    base: Stream
+    characters: int
+    fraction: float
+    blocks: int = 20
+
+    @property
+    def size(self) -> int | None:
+        """The share of the base."""
+        return None if self.base.size is None else int(self.base.size * self.fraction)
+
+    def batches(self) -> Iterator[Batch]:
+        """Pieces of the blocks' beginnings, read in one pass."""
+        borders = [self.characters * i // self.blocks for i in range(self.blocks + 1)]
+        spans = [(a, a + round((b - a) * self.fraction)) for a, b in pairwise(borders)]
+        place, index, begun = 0, 0, False
+        for batch in self.base.batches():
+            kept: Batch = []
+            for text, starts in batch:
+                end = place + len(text)
+                while index < len(spans) and spans[index][0] < end:
+                    first, last = max(spans[index][0], place), min(spans[index][1], end)
+                    if first < last:
+                        kept.append((text[first - place : last - place], (starts and first == place) or not begun))
+                        begun = True
+                    if spans[index][1] > end:
+                        break
+                    index, begun = index + 1, False
+                place = end
+            if kept:
+                yield kept
 
 
 def count_characters(stream: Stream, limit: int | None = None) -> int:
