@@ -123,7 +123,8 @@ def fused_window(
         with torch.autocast("cpu", enabled=False):  # it is small, and kept exact
             inputs = F.linear(x.rows_VI.float(), weight_ih.float())
     else:
-        inputs = F.linear(x.transpose(0, 1), weight_ih)
+        x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
+        inputs = F.linear(x_TBI, weight_ih)
     outputs_TBP, *after = _FusedWindow.apply(kind, inputs, tokens_TB, weight_hh, bias, *state)  # type: ignore[no-untyped-call]
     if padding:
         outputs_TBP = outputs_TBP[..., :hidden_size]
@@ -144,7 +145,7 @@ class _FusedWindow(torch.autograd.Function):
         length = inputs.shape[0] if tokens_TB is None else tokens_TB.shape[0]
         trained = any(ctx.needs_input_grad)
         h_BP, *c = (part.detach().to(torch.float32, copy=True).contiguous() for part in state)
-        outputs_TBP = torch.empty(length + 1, batch_size, padded_size, dtype=torch.bfloat16)
+        outputs_TBP = _buffer((length + 1, batch_size, padded_size), torch.bfloat16)
         saved_TBC = reset_TBP = None
         if trained:
             saved_TBC = _buffer((length, batch_size, layout.columns * padded_size), torch.float16)

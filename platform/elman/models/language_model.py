@@ -163,6 +163,9 @@ class LanguageModel(nn.Module):
 
     def project(self, features_H: Tensor) -> Tensor:
         """Logits (…, V) of features (…, H)."""
+        if features_H.dim() == 3 and not features_H.is_contiguous():
+            # A view of time-major memory, as the compiled kernel leaves: copying it would cost as much as the product.
+            return self.project(features_H.transpose(0, 1).contiguous()).transpose(0, 1)
         if self.projection is not None:
             features_H = F.linear(features_H, self.projection.weight)
         weight = self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight

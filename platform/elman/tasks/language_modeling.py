@@ -80,6 +80,8 @@ def unroll(model: LanguageModel, window: Windowed, state: State | None) -> tuple
 
 def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy summed over the targets, nats; in single precision where the logits are in half."""
+    if not logits_BTV.is_contiguous():  # of time-major features; the sum knows no order, and a copy costs
+        logits_BTV, targets_BT = logits_BTV.transpose(0, 1), targets_BT.t()
     logits_BTV = _at_least_single(logits_BTV)
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
