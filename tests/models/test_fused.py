@@ -318,7 +318,7 @@ def test_an_embedding_larger_than_the_window_is_looked_up(monkeypatch: pytest.Mo
     config = ModelConfig(cell="lstm", embedding_size=4, hidden_size=4)
     model = LanguageModel(config, vocabulary_size=50, num_inputs=51, start_id=50, context_length=8)
     assert isinstance(model._embed(torch.zeros(2, 5, dtype=torch.int64)), Tensor)
-    assert isinstance(model._embed(torch.zeros(20, 5, dtype=torch.int64)), Rows)
+    assert isinstance(model._embed(torch.zeros(30, 5, dtype=torch.int64)), Rows)
 
 
 @every_kind

@@ -172,6 +172,14 @@ def test_untrained_loss_is_near_that_of_a_uniform_guess(cell: str, tied: bool, e
     assert abs(loss.item() - math.log(50)) < 1
 
 
+def test_time_major_features_are_projected_to_the_same_logits(tiny: Tiny) -> None:
+    model = tiny("lstm", tie_weights=True)
+    features_TBH = torch.randn(5, 3, 8, dtype=torch.float64)
+    logits_BTV = model.project(features_TBH.transpose(0, 1))
+    assert logits_BTV.transpose(0, 1).is_contiguous()
+    assert_same(logits_BTV, model.project(features_TBH.transpose(0, 1).contiguous()))
+
+
 def test_last_step_pads_with_the_start_symbol(tiny: Tiny) -> None:
     model = tiny("gru", head="last_step", max_sequence_length=4)
     every = tiny("gru")

@@ -144,6 +144,34 @@ def test_the_loss_skips_positions_without_a_target() -> None:
     assert torch.allclose(summed_loss(logits, targets), kept)
 
 
+def test_the_loss_does_not_depend_on_the_order_in_memory() -> None:
+    logits, targets = torch.randn(2, 3, V).double(), torch.tensor([[1, 2, 3], [4, 5, -100]])
+    time_major = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.allclose(summed_loss(time_major, targets), summed_loss(logits, targets), atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("settings", [{}, {"initial_state": "learned", "num_layers": 2, "layer_norm": True}], ids=str)
+def test_gradients_in_bf16_are_those_of_single_precision_across_document_borders(
+    cell: str, settings: dict[str, Any]
+) -> None:
+    model = network(cell, hidden_size=24, **settings).float()
+    starts = np.array([0, 8, 31, 60])
+    window = next(iter(windows(120, batch_size=4, sequence_length=30, document_starts=starts)))
+    assert window.resets_BT is not None
+
+    def gradients() -> Tensor:
+        model.zero_grad()
+        _, dropped, _ = unroll(model, window, None)
+        summed_loss(model.project(dropped), window.targets_BT).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_activation_regularisation_adds_what_its_formulas_say() -> None:
     [window] = windows(30, batch_size=3, sequence_length=10)
     plain = Trained(network()).training_step(window, 0)

@@ -202,12 +202,6 @@ void product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, fl
     (n == 4 ? product<4> : n == 3 ? product<3> : n == 2 ? product<2> : product<1>)(a, a_stride, w, pairs, c, rows);
 }
 
-inline Bits bf16_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
 // Threads ----------------------------------------------------------------------------------
 
 struct Barrier {
@@ -302,20 +296,29 @@ struct Worker {
     long vectors(long p) const { return std::min<long>(units / LANES - p * w.panel, w.panel); }
     void wait() { barrier.wait(team); }
 
+    // Sixteen weights of one unit's gate, from that column on: zeros beyond the real ones.
+    Floats weights_at(long gate, long unit, long column) const {
+        const long h = w.hidden;
+        const float* from = w.weight_hh + (gate * h + unit) * h + column;
+        Floats values{};
+        if (unit >= h || column >= h) return values;
+        if (column + LANES <= h) return load<Floats>(from);
+        std::memcpy(&values, from, sizeof(float) * (h - column));
+        return values;
+    }
+
     // Gates of weight_hh for the forward product: per panel (units / 2, vectors × gates, 16, 2).
     Bits* pack_forward(long first_gate, long gates, Bits* to) const {
-        const long h = w.hidden;
         for (long p = first; p < last; p++) {
             const long n = vectors(p) * gates;
-            for (long j = 0; j < n; j++) {
-                const long unit = begin(p) + j / gates * LANES;
-                const float* rows = w.weight_hh + ((first_gate + j % gates) * h + unit) * h;
-                for (long k = 0; k < units; k += 2)
-                    for (long lane = 0; lane < LANES; lane++)
-                        for (long odd = 0; odd < 2; odd++)
-                            to[(k / 2 * n + j) * 2 * LANES + lane * 2 + odd] =
-                                unit + lane < h && k + odd < h ? bf16_of(rows[lane * h + k + odd]) : 0;
-            }
+            for (long j = 0; j < n; j++)
+                for (long k = 0; k < units; k += LANES)
+                    for (long lane = 0; lane < LANES; lane++) {
+                        Bits row[LANES];
+                        to_bf16(row, weights_at(first_gate + j % gates, begin(p) + j / gates * LANES + lane, k));
+                        for (long pair = 0; pair < LANES / 2; pair++)
+                            std::memcpy(to + ((k / 2 + pair) * n + j) * 2 * LANES + lane * 2, row + 2 * pair, 4);
+                    }
             to += units * n * LANES;
         }
         return to;
@@ -323,16 +326,16 @@ struct Worker {
 
     // Their transpose for the backward product: per panel (gates × units / 2, vectors, 16, 2).
     Bits* pack_backward(long first_gate, long gates, Bits* to) const {
-        const long h = w.hidden;
         for (long p = first; p < last; p++) {
-            const long n = vectors(p);
-            for (long k = 0; k < gates * units; k++) {
-                const long unit = k % units;
-                const float* row = w.weight_hh + ((first_gate + k / units) * h + unit) * h + begin(p);
-                for (long j = 0; j < n * LANES; j++)
-                    to[k / 2 * n * 2 * LANES + j * 2 + k % 2] = unit < h && begin(p) + j < h ? bf16_of(row[j]) : 0;
-            }
-            to += gates * units * n * LANES;
+            for (long k = 0; k < gates * units; k += 2)
+                for (long v = 0; v < vectors(p); v++, to += 2 * LANES) {
+                    Bits even[LANES], odd[LANES];
+                    const long gate = first_gate + k / units, column = begin(p) + v * LANES;
+                    to_bf16(even, weights_at(gate, k % units, column));
+                    to_bf16(odd, weights_at(gate, k % units + 1, column));
+                    const Words low = __builtin_convertvector(load<Halves>(even), Words);
+                    store(to, low | __builtin_convertvector(load<Halves>(odd), Words) << 16);
+                }
         }
         return to;
     }

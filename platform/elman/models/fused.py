@@ -120,8 +120,7 @@ def fused_window(
     tokens_TB: Tensor | None = None
     if isinstance(x, Rows):
         tokens_TB = x.index_BT.t().contiguous()
-        with torch.autocast("cpu", enabled=False):  # it is small, and kept exact
-            inputs = F.linear(x.rows_VI.float(), weight_ih.float())
+        inputs = F.linear(x.rows_VI, weight_ih).float()
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
         inputs = F.linear(x_TBI, weight_ih)

@@ -186,8 +186,9 @@ class LanguageModel(nn.Module):
 
     def _embed(self, tokens_BT: Tensor) -> Tensor | Rows:
         varied = self.training and (self.input_dropout.p > 0 or self.word_dropout.p > 0)
-        if isinstance(self.body, RecurrentStack) and not varied and self.num_inputs < tokens_BT.numel():
-            return Rows(self.embedding.weight, tokens_BT)  # every position is a row of a small matrix
+        # Every position is a row of a small matrix: the first layer may multiply that one instead.
+        if isinstance(self.body, RecurrentStack) and not varied and 2 * self.num_inputs <= tokens_BT.numel():
+            return Rows(self.embedding.weight, tokens_BT)
         embedded_BTE: Tensor = self.word_dropout(self.embedding(tokens_BT), tokens_BT, self.num_inputs)
         embedded_BTE = self.input_dropout(embedded_BTE)
         if self.input_projection is not None:
