@@ -342,16 +342,22 @@ class TrainerConfig:
     """Validations without improvement before training stops early; null never does."""
     log_every_steps: int = 10
     """Steps between logged training metrics."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes between checkpoints to resume from, besides one at each validation; null writes none by the clock."""
+    checkpoint_every_steps: int | None = None
+    """Steps between checkpoints to resume from, besides those; null writes none by steps."""
     sample_length: int = 300
     """Tokens of generated text recorded at each validation; 0 records none."""
     sample_prompt: str = ""
     """Prompt of those samples; empty starts from the beginning of a text."""
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "max_steps", "threads", "validate_every_steps", "patience"):
+        for name in ("max_epochs", "max_steps", "threads", "validate_every_steps", "patience",
+                     "checkpoint_every_steps"):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, f"trainer.{name}", value, "at least 1, or null")
         _positive("trainer.max_minutes", self.max_minutes)
+        _positive("trainer.checkpoint_minutes", self.checkpoint_minutes)
         for name in ("accumulate_windows", "log_every_steps"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name}", value, "at least 1")

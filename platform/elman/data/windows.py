@@ -194,8 +194,24 @@ class StreamLoader:
     ) -> None:
         self._pieces, self._B, self._T, self._start_id = pieces, batch_size, sequence_length, start_id
         self._mark = reset_at_documents
+        self._next = self._from = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the pass stands: the next window."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next pass where ``state_dict`` was taken; what lies before is read again, there is no other way."""
+        self._next = self._from = state["next"]
 
     def __iter__(self) -> Iterator[Window]:
+        first, self._from = self._from, 0
+        for index, window in enumerate(self._windows()):
+            if index >= first:
+                self._next = index + 1
+                yield window
+
+    def _windows(self) -> Iterator[Window]:
         tokens_B = [np.empty(0, np.int64) for _ in range(self._B)]
         resets_B = [np.empty(0, np.bool_) for _ in range(self._B)]
         previous_B = np.full(self._B, self._start_id, np.int64)

@@ -10,8 +10,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,11 +24,20 @@ LARGEST_BATCH = 1000
 """MLflow's own limit on the metrics of one request."""
 
 
+class Row(NamedTuple):
+    """A metric's value at a step; ``timestamp`` is in milliseconds since 1970."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
 class MetricBuffer:
     """Collects metrics and delivers them in order, in batches, from a thread of its own.
 
     A delivery that fails is tried again with the next; what could not be delivered by the
-    end is counted and said.
+    end is counted and said. What a resumed run has already is not delivered twice.
     """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
@@ -37,6 +46,7 @@ class MetricBuffer:
         self._lock, self._sending = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
         self._error: Exception | None = None
+        self._recorded: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._deliver, name="metrics", daemon=True)
         self._thread.start()
 
@@ -45,9 +55,33 @@ class MetricBuffer:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        fresh = [Metric(key, _storable(value), now, step) for key, value in metrics.items()]
+        fresh = [
+            Metric(key, _storable(value), now, step)
+            for key, value in metrics.items()
+            if (key, step) not in self._recorded
+        ]
         with self._lock:
             self._waiting.extend(fresh)
+
+    def go_on(self, recorded: Iterable[tuple[str, int]], unsent: Iterable[Row]) -> None:
+        """Go on where another process was ended.
+
+        Args:
+            recorded: (key, step) that the store has: they are dropped when they come again.
+            unsent: What waited in that process; delivered unless the store has it.
+        """
+        from mlflow.entities import Metric
+
+        known = set(recorded)
+        again = [row for row in unsent if (row.key, row.step) not in known]
+        self._recorded = known | {(row.key, row.step) for row in again}
+        with self._lock:
+            self._waiting.extend(Metric(*row) for row in again)
+
+    def unsent(self) -> list[Row]:
+        """What the store has not confirmed."""
+        with self._lock:
+            return [Row(m.key, m.value, m.timestamp, m.step) for m in self._waiting]
 
     def flush(self) -> None:
         """Deliver what waits, now; on failure it goes on waiting."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from elman.tracking.buffer import MetricBuffer
+from elman.tracking.buffer import MetricBuffer, Row
 
 
 class RunLogger(Logger):
@@ -38,6 +38,10 @@ class RunLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Note values at a step."""
         self._metrics.add({self._prefix + name: value for name, value in metrics.items()}, step or 0)
+
+    def unsent(self) -> list[Row]:
+        """What the store has not confirmed; a checkpoint keeps it."""
+        return self._metrics.unsent()
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run holds every setting before training begins."""

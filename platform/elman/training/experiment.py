@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
 import torch
 
-from elman.config.schema import ExperimentConfig, GenerationConfig
+from elman.config.schema import ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.data.datamodule import CorpusData, check_lengths
 from elman.errors import ConfigError
 from elman.models.count import count_parameters
@@ -26,12 +26,17 @@ from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
 from elman.tracking.registry import register
-from elman.tracking.store import Run, RunStore, StoppedError, local_root, without_password
+from elman.tracking.store import Run, RunStore, StoppedError, without_password
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
+from elman.training.checkpoint import BEST, STATE, States, link
 from elman.training.evaluation import score_test
 from elman.training.export import log_model
-from elman.training.loading import model_weights, provenance, read_checkpoint
+from elman.training.keeper import Keeper
+from elman.training.loading import provenance
+from elman.training.lock import FolderLock
+from elman.training.lock import checkpoint_folder as checkpoint_folder
 from elman.training.progress import Reporter, Silence
+from elman.training.resume import Resumption, resumed
 from elman.training.trainer import build_trainer, seed_everything
 
 SAMPLE_CHARACTERS = 400
@@ -43,6 +48,7 @@ class RunResult:
     """What a training came to.
 
     Attributes:
+        config: What was trained.
         metrics: The best checkpoint's, by their names in MLflow.
         tokens_per_second: Over the training alone, validation not counted.
         seconds: Wall time of the whole training, with validation.
@@ -51,6 +57,7 @@ class RunResult:
 
     run_id: str
     name: str
+    config: ExperimentConfig
     metrics: dict[str, float]
     parameters: dict[str, int]
     tokens_per_second: float
@@ -120,6 +127,7 @@ def run_experiment(
     *,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
+    resume: Resumption | None = None,
 ) -> RunResult:
     """Train, test and record one configuration.
 
@@ -129,11 +137,12 @@ def run_experiment(
         reporter: Watches.
         parent: Id of the run that this one belongs to.
         tags: Recorded with it.
+        resume: A run to go on with, instead of starting one.
 
     Raises:
         ElmanError: The configuration or the corpus cannot be used; nothing has been recorded.
         DivergenceError: The loss became NaN or infinite; the run is FAILED, its checkpoints kept.
-        StoppedError: The user stopped it; the run is KILLED, its newest checkpoint kept.
+        StoppedError: The user stopped it; the run is KILLED, its newest state kept.
     """
     reporter = reporter or Silence()
     set_threads(config.trainer.threads)
@@ -147,26 +156,92 @@ def run_experiment(
         raise ConfigError(
             f"trainer.sample_prompt has {unknown[0]!r}, which the training split lacks: leave it out of the prompt."
         )
+    if resume is not None:
+        resume.check(corpus, model)
     store = store or RunStore(config.tracking)
     _announce(reporter, config, corpus, model, device, precision)
     with StopSignals() as signals:
         described = {**run_tags(corpus, precision), **(tags or {})}
-        with store.start_run(config, run_name(config, model), described, parent) as run:
-            reporter.note(f"run {run.id} ({run.name})")
-            record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
+        if resume is None:
+            opened = store.start_run(config, run_name(config, model), described, parent)
+        else:
+            opened = store.open_run(resume.run.name, {}, {}, resume=resume.run.id)
+        with opened as run:
             folder = checkpoint_folder(run.id)
-            with record, _kept_checkpoints(run, folder):
-                _record_inputs(run, corpus)
+            states, start = States(folder), None
+            reporter.note(f"run {run.id} ({run.name})")
+            if resume is not None:
+                states, start = resume.states, _go_on(run, resume, corpus, reporter)
+            # Whoever resumes holds the folder before the run is touched.
+            lock = FolderLock(folder) if resume is None else nullcontext()
+            record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
+            with lock, record, _kept_checkpoints(run, states, signals):
+                if start is None:
+                    _record_inputs(run, corpus)
                 try:
                     logger = RunLogger(run.metrics, run.name, run.id)
                     samples = _samples(config, model, corpus, run)
                     done = fit(
                         config, corpus, model, logger=logger, folder=folder, signals=signals, reporter=reporter,
-                        watchers=samples, device=device, precision=precision,
+                        watchers=samples, device=device, precision=precision, states=states, start=start,
                     )  # fmt: skip
                     return _conclude(config, run, corpus, done, reporter, device, precision)
                 finally:
                     reporter.close()
+
+
+def resume_experiment(
+    reference: str,
+    changes: Mapping[str, object] | None = None,
+    store: RunStore | None = None,
+    reporter: Reporter | None = None,
+    *,
+    file: str | Path | None = None,
+) -> RunResult:
+    """Go on with a run that was stopped, killed or finished.
+
+    Args:
+        reference: The run's id, the beginning of it, or its name.
+        changes: Dotted settings that shall differ from then on: limits, intervals.
+        store: Where the run is; None opens the one that the changes or the environment name.
+        reporter: Watches.
+        file: YAML file of settings; it must not contradict the run.
+
+    Raises:
+        ElmanError: It cannot go on, or not with these settings; the run is as it was.
+        UnusableCheckpointsError: All its states are damaged.
+        DivergenceError: As run_experiment.
+        StoppedError: As run_experiment.
+    """
+    changes = dict(changes or {})
+    uri = changes.get("tracking.uri")
+    store = store or RunStore(TrackingConfig(uri=None if uri is None else str(uri)))
+    with resumed(reference, changes, store, file) as resume:
+        place = replace(resume.config.tracking, uri=store.config.uri)
+        return run_experiment(resume.config, RunStore(place), reporter, resume=resume)
+
+
+def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Reporter) -> Path | None:
+    """Tell the run, and take over what the process before left undone; returns the state to go on from."""
+    for note in resume.notes:
+        reporter.note(note)
+    resume.adopt(corpus)
+    run.set_tags(resume.tags())
+    run.metrics.go_on(_recorded(run, resume.step), resume.unsent)
+    if resume.path is not None:
+        reporter.note(f"going on from step {resume.step:,}")
+    return resume.path
+
+
+def _recorded(run: Run, step: int) -> set[tuple[str, int]]:
+    """What the run has of the steps that are done again. The machine's figures count their own samples."""
+    history = run.store.history
+    return {
+        (key, at)
+        for key in run.store.find_run(run.id).metrics
+        for at, _ in history(run.id, key)
+        if at >= step or key.startswith("system/")
+    }
 
 
 def run_lengths(config: ExperimentConfig, corpus: PreparedCorpus) -> int | None:
@@ -177,11 +252,6 @@ def run_lengths(config: ExperimentConfig, corpus: PreparedCorpus) -> int | None:
     if c.max_epochs is not None and windows is not None:
         bounds.append(c.max_epochs * -(-windows // c.accumulate_windows))
     return min(bounds) if bounds and c.max_minutes is None else None
-
-
-def checkpoint_folder(run_id: str) -> Path:
-    """Where a run's checkpoints are while it trains."""
-    return local_root() / "checkpoints" / run_id
 
 
 def fit(
@@ -196,20 +266,24 @@ def fit(
     watchers: Sequence[L.Callback] = (),
     device: torch.device,
     precision: Precision,
+    states: States | None = None,
+    start: Path | None = None,
 ) -> Fit:
-    """Train a model; the best checkpoint and the newest are in ``folder`` afterwards.
+    """Train a model; the best checkpoint is in ``folder`` afterwards.
 
     Args:
         config: All of it but where it is tracked.
         corpus: Prepared.
         model: With fresh weights; it ends with the best checkpoint's.
         logger: Takes the metrics.
-        folder: For best.ckpt and last.ckpt.
+        folder: For best.ckpt.
         signals: The user's wish to stop.
         reporter: Watches.
         watchers: Callbacks that act after all others.
         device: Where to train.
         precision: Arithmetic.
+        states: Where to write states to resume from; None writes none.
+        start: A state to go on from.
 
     Raises:
         DivergenceError: The loss became NaN or infinite.
@@ -234,19 +308,23 @@ def fit(
             "tokenizer": corpus.tokenizer.to_json(),
             "provenance": provenance(config, corpus),
         },
+        warn=lambda text: keeper.warn(text),
     )
+    keeper = Keeper(config.trainer, signals, recorder, checkpoints, states, reporter)
+    if start is not None:
+        keeper.adopt(start)
     trainer = build_trainer(
         config.trainer,
         device=device,
         precision=precision,
         logger=logger,
-        callbacks=[limits, recorder, checkpoints, *watchers],
+        callbacks=[limits, recorder, checkpoints, *watchers, keeper],
     )
-    trainer.fit(task, datamodule=data)
+    trainer.fit(task, datamodule=data, ckpt_path=None if start is None else str(start / STATE), weights_only=True)
     signals.at_once = True
     if signals.received is not None:
         raise StoppedError(signals.received)
-    model.load_state_dict(model_weights(read_checkpoint(checkpoints.best)))
+    model.load_state_dict(checkpoints.weights(trainer))
     return Fit(
         model=model,
         best=recorder.best,
@@ -306,6 +384,7 @@ def _conclude(
     return RunResult(
         run_id=run.id,
         name=run.name,
+        config=config,
         metrics=metrics,
         parameters=parameters,
         tokens_per_second=done.tokens_per_second,
@@ -327,14 +406,31 @@ def final_figures(done: Fit, parameters: int) -> dict[str, float]:
 
 
 @contextmanager
-def _kept_checkpoints(run: Run, folder: Path) -> Iterator[None]:
-    """Hand the checkpoints over to the run however the training ends, and leave no second copy."""
+def _kept_checkpoints(run: Run, states: States, signals: StopSignals) -> Iterator[None]:
+    """Hand the best checkpoint and the newest state over to the run however the training ends.
+
+    The folder goes when the run has them: what is not handed over, for want of time or of
+    anything to hand over, is resumed from the folder.
+    """
     try:
         yield
-    finally:
-        kept = [path for path in (folder / "best.ckpt", folder / "last.ckpt") if path.exists()]
-        for path in kept:
-            run.log_file(path, "checkpoints")
+    except BaseException as error:
+        if not signals.hurried:
+            _hand_over(run, states, empty_goes=not isinstance(error, StoppedError))
+        raise
+    _hand_over(run, states, empty_goes=True)
+
+
+def _hand_over(run: Run, states: States, empty_goes: bool) -> None:
+    folder = states.folder
+    best, last = folder / BEST, folder / "last.ckpt"
+    if states.newest is not None:
+        last.unlink(missing_ok=True)
+        link(states.newest / STATE, last)
+    kept = [path for path in (best, last) if path.exists()]
+    for path in kept:
+        run.log_file(path, "checkpoints")
+    if kept or empty_goes:
         shutil.rmtree(folder, ignore_errors=True)
 
 

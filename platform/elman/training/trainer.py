@@ -14,6 +14,7 @@ import torch
 from elman.config.schema import TrainerConfig
 from elman.tasks.hardware import Precision
 from elman.tracking.logger import RunLogger
+from elman.training.checkpoint import DurableIO
 
 
 def seed_everything(seed: int) -> None:
@@ -50,6 +51,7 @@ def build_trainer(
         # Averaged weights are swapped in for validation; inference tensors would stay behind.
         inference_mode=False,
         logger=logger,
+        plugins=[DurableIO(device)],
         log_every_n_steps=1,
         callbacks=list(callbacks),
         enable_checkpointing=False,
