@@ -48,7 +48,6 @@ class RunResult:
     """What a training came to.
 
     Attributes:
-        config: What was trained.
         metrics: The best checkpoint's, by their names in MLflow.
         tokens_per_second: Over the training alone, validation not counted.
         seconds: Wall time of the whole training, with validation.
@@ -57,7 +56,6 @@ class RunResult:
 
     run_id: str
     name: str
-    config: ExperimentConfig
     metrics: dict[str, float]
     parameters: dict[str, int]
     tokens_per_second: float
@@ -197,7 +195,7 @@ def resume_experiment(
     reporter: Reporter | None = None,
     *,
     file: str | Path | None = None,
-) -> RunResult:
+) -> tuple[RunResult, ExperimentConfig]:
     """Go on with a run that was stopped, killed or finished.
 
     Args:
@@ -206,6 +204,9 @@ def resume_experiment(
         store: Where the run is; None opens the one that the changes or the environment name.
         reporter: Watches.
         file: YAML file of settings; it must not contradict the run.
+
+    Returns:
+        What came of it, and the settings it was trained with.
 
     Raises:
         ElmanError: It cannot go on, or not with these settings; the run is as it was.
@@ -218,7 +219,7 @@ def resume_experiment(
     store = store or RunStore(TrackingConfig(uri=None if uri is None else str(uri)))
     with resumed(reference, changes, store, file) as resume:
         place = replace(resume.config.tracking, uri=store.config.uri)
-        return run_experiment(resume.config, RunStore(place), reporter, resume=resume)
+        return run_experiment(resume.config, RunStore(place), reporter, resume=resume), resume.config
 
 
 def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Reporter) -> Path | None:
@@ -384,7 +385,6 @@ def _conclude(
     return RunResult(
         run_id=run.id,
         name=run.name,
-        config=config,
         metrics=metrics,
         parameters=parameters,
         tokens_per_second=done.tokens_per_second,
