@@ -5,14 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENTS := $(patsubst pipelines/experiments/%.yaml,%,$(wildcard pipelines/experiments/*.yaml))
+SEARCHES := $(patsubst pipelines/searches/%.yaml,%,$(wildcard pipelines/searches/*.yaml))
+TOURNAMENTS := $(patsubst pipelines/tournaments/%.yaml,%,$(wildcard pipelines/tournaments/*.yaml))
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate generate compare runs ui test check clean $(EXPERIMENTS:%=train-%)
+.PHONY: help setup train search evaluate generate compare remedy runs ui dashboard test check clean
+.PHONY: $(EXPERIMENTS:%=train-%) $(SEARCHES:%=search-%) $(TOURNAMENTS:%=tournament-%)
 
 help: ## list the targets
-	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {sub("%", "NAME", $$1); printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-zA-Z%_-]+:.*## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*## "} {sub("%", "NAME", $$1); printf "  make %-16s %s\n", $$1, $$2}'
 	@echo "  train-NAME takes NAME from: $(EXPERIMENTS)"
+	@echo "  search-NAME takes NAME from: $(SEARCHES)"
+	@echo "  tournament-NAME takes NAME from: $(TOURNAMENTS)"
 
 setup: $(STAMP) ## install everything into .venv, at the pinned versions
 
@@ -28,6 +33,21 @@ train-%: ## train pipelines/experiments/NAME.yaml
 $(EXPERIMENTS:%=train-%): train-%: $(STAMP)
 	@$(BIN)/elman train --config pipelines/experiments/$*.yaml $(ARGS)
 
+search: search-hidden-units ## how many hidden units: grid search with cross-validation
+
+search-%: ## run pipelines/searches/NAME.yaml (ARGS="--workers 2")
+
+$(SEARCHES:%=search-%): search-%: $(STAMP)
+	@$(BIN)/elman search --config pipelines/searches/$*.yaml $(ARGS)
+
+tournament-%: ## which cell is better: pipelines/tournaments/NAME.yaml
+
+$(TOURNAMENTS:%=tournament-%): tournament-%: $(STAMP)
+	@$(BIN)/elman compare --tournament pipelines/tournaments/$*.yaml $(ARGS)
+
+remedy: $(STAMP) ## does a run overfit, and what helps: RUN=…
+	@$(BIN)/elman remedy $(or $(RUN),$(error RUN is a run id, as make runs lists them)) $(ARGS)
+
 evaluate: $(STAMP) ## score a model: MODEL=… ARGS="--split test --corpus.name FILE"
 	@$(BIN)/elman evaluate $(or $(MODEL),$(error MODEL is a run id, models:/NAME@ALIAS or a checkpoint)) $(ARGS)
 
@@ -42,6 +62,9 @@ runs: $(STAMP) ## list the recorded runs
 
 ui: $(STAMP) ## open the MLflow UI on the local store
 	@$(BIN)/elman ui $(ARGS)
+
+dashboard: $(STAMP) ## open optuna-dashboard on the studies
+	@$(BIN)/elman dashboard $(ARGS)
 
 test: $(STAMP) ## run the test suite
 	@$(BIN)/python -m pytest -q $(ARGS)

@@ -20,6 +20,7 @@ from elman import __version__
 from elman.config.load import Flags, load_config
 from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.config.search import SearchConfig
+from elman.config.tournament import TournamentSettings
 from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError
 
 if TYPE_CHECKING:
@@ -61,19 +62,28 @@ def train(arguments: Sequence[str]) -> int:
     """Train, evaluate and record one experiment."""
     flags = _flags("train")
     flags.add_option("config", str, "YAML file of settings; flags override it, and it overrides the defaults.")
+    flags.add_option("resume", str, "Run to go on with; beside it, limits and intervals may be changed, nothing else.")
     flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
-    changes = {name: value for name, value in given.items() if name not in ("config", "json")}
-    config = load_config(ExperimentConfig, values["config"], changes)
+    changes = {name: value for name, value in given.items() if name not in ("config", "json", "resume")}
+    resume = values["resume"]
+    config = None if resume is not None else load_config(ExperimentConfig, values["config"], changes)
 
     from elman.training.progress import terminal_reporter
 
     reporter = terminal_reporter()
     reporter.stage("loading libraries")
     try:
-        from elman.training.experiment import run_experiment
+        from elman.training.checkpoint import UnusableCheckpointsError
+        from elman.training.experiment import resume_experiment, run_experiment
 
-        result = run_experiment(config, reporter=reporter)
+        if config is not None:
+            result = run_experiment(config, reporter=reporter)
+        else:
+            result, config = resume_experiment(resume, changes, reporter=reporter, file=values["config"])
+    except UnusableCheckpointsError as error:
+        print(f"elman: {error}", file=sys.stderr)
+        return 1
     finally:
         reporter.close()
     if values["json"]:
@@ -321,13 +331,15 @@ def runs(arguments: Sequence[str]) -> int:
     flags.add_option("filter", str, f"MLflow filter, such as: {example}", "")
     flags.add_option("sort", str, "Metric to sort by, the lowest first; null sorts by time, the newest first.", None)
     flags.add_option("limit", int, "Most runs to list.", 20)
+    flags.add_option("all", bool, "List the trials of searches, and the runs of other runs, too.")
     flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
     values, given = flags.parse(arguments)
     if not 1 <= values["limit"] <= 50_000:
         raise ConfigError(f"--limit must be from 1 to 50,000, got {values['limit']}.")
     order = [f"metrics.`{values['sort']}` ASC"] if values["sort"] else []
     store = _store(flags, given)
-    found = store.runs(filter_string=values["filter"], order_by=order, limit=values["limit"])
+    wanted = values["filter"] if values["all"] else _without_children(values["filter"])
+    found = store.runs(filter_string=wanted, order_by=order, limit=values["limit"])
     measured = {metric for run in found for metric in run.metrics}
     if values["sort"] and measured and values["sort"] not in measured:
         from elman.config.tree import nearest
@@ -347,6 +359,14 @@ def runs(arguments: Sequence[str]) -> int:
         )  # fmt: skip
         print(table(rows))
     return 0
+
+
+def _without_children(given: str) -> str:
+    """The filter, and that a run belongs to no other; one that asks for children itself is left alone."""
+    if "mlflow.parentRunId" in given:
+        return given
+    alone = "tags.`mlflow.parentRunId` IS NULL"
+    return f"{given} and {alone}" if given.strip() else alone
 
 
 def _run_json(run: RunSummary) -> dict[str, Any]:
@@ -369,10 +389,21 @@ def _figure(run: RunSummary, metric: str, form: str = ".4f") -> str:
 def compare(arguments: Sequence[str]) -> int:
     """Put runs side by side: settings that differ, figures, and overlaid loss curves."""
     flags = _flags("compare")
-    flags.add_positional("runs", "Two or more run ids.", nargs="+")
+    flags.add_positional("runs", "Two or more run ids.", nargs="*")
     flags.add_option("output", str, "PNG for the overlaid curves; null puts it under mlruns/comparisons.", None)
-    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
+    flags.add_option("tournament", str, "Tournament file: train its contestants at an equal budget, and judge them.")
+    flags.add_option("workers", int, "Processes of each contestant's search.", 1)
+    flags.add_settings(TournamentSettings)
+    flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
+    if values["tournament"] is not None:
+        own = ("tournament", "workers", "output", "json", "runs")
+        changes = {name: value for name, value in given.items() if name not in own}
+        return _tournament(values, changes)
+    allowed = ("output", "json", *(f"tracking.{leaf}" for leaf in WHERE))
+    stray = next((name for name in given if name not in allowed), None)
+    if stray is not None:
+        raise ConfigError(f"--{stray} belongs to --tournament FILE; runs are compared as they are.")
     if len(values["runs"]) < 2:
         raise ConfigError("elman compare needs two or more runs: `elman runs` lists them.")
     store = _store(flags, given)
@@ -399,6 +430,91 @@ def compare(arguments: Sequence[str]) -> int:
     for note in comparison.notes:
         print(f"note: {note}")
     print(f"\ncurves: {path}")
+    return 0
+
+
+def _tournament(values: Mapping[str, Any], changes: Mapping[str, Any]) -> int:
+    from elman.config.tournament import load_tournament
+    from elman.training.progress import duration, terminal_reporter
+
+    if values["runs"]:
+        raise ConfigError(f"elman compare takes runs or --tournament FILE, not both; got {values['runs'][0]!r}.")
+    if not 1 <= values["workers"] <= 1024:
+        raise ConfigError(f"--workers must be from 1 to 1024, got {values['workers']}.")
+    plan = load_tournament(values["tournament"], changes)
+    reporter = terminal_reporter()
+    reporter.stage("loading libraries")
+    try:
+        from elman.analysis.tournament import run_tournament, save_curves, standings
+
+        result = run_tournament(plan, values["workers"], reporter)
+    finally:
+        reporter.close()
+    if values["output"]:
+        save_curves(result, Path(values["output"]))
+    rows = standings(result.contestants)
+    if values["json"]:
+        said = [{"better": v.better, "worse": v.worse, "difference": v.difference, "margin": v.margin,
+                 "is_sure": v.is_sure, "verdict": str(v)} for v in result.verdicts]  # fmt: skip
+        _print_json({"run_id": result.run_id, "standings": rows, "verdicts": said, "seconds": result.seconds})
+        return 0
+    shown = [["", "test bits/byte", "± seeds", "validation", "parameters", "tokens/s", "training"]]
+    for row in rows:
+        spread = "–" if row["test_spread"] is None else f"{row['test_spread']:.4f}"
+        bits = [f"{row[f'{split}_bits_per_byte']:.4f}" for split in ("test", "validation")]
+        shown.append([row["contestant"], bits[0], spread, bits[1], f"{row['parameters']:,}",
+                      f"{row['tokens_per_second']:,.0f}", duration(row["seconds"])])  # fmt: skip
+    print(f"\n{table(shown)}\n")
+    for row in rows:
+        if row["settings"]:
+            print(f"{row['contestant']}: " + ", ".join(f"{k} {_shown(v)}" for k, v in row["settings"].items()))
+    print("\n" + "\n".join(str(verdict) for verdict in result.verdicts))
+    print("(± is a 95 % interval over text and seeds)" if plan.config.seeds > 1 else
+          "(± is a 95 % interval over text alone: with one seed, luck of the seed is not in it)")  # fmt: skip
+    curves = f", curves: {values['output']}" if values["output"] else ""
+    print(f"\nrun {result.run_id}, {duration(result.seconds)} in all{curves}")
+    return 0
+
+
+def remedy(arguments: Sequence[str]) -> int:
+    """Say whether a run overfits, try the textbook's remedies, and recommend one."""
+    flags = _flags("remedy")
+    flags.add_positional("run", "A run's id.")
+    flags.add_option("force", bool, "Try the remedies even where the run does not overfit.")
+    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=WHERE)
+    values, given = flags.parse(arguments)
+
+    from elman.training.progress import duration, terminal_reporter
+
+    reporter = terminal_reporter()
+    reporter.stage("loading libraries")
+    try:
+        from elman.analysis.remedy import run_remedies
+
+        result = run_remedies(values["run"], _store(flags, given), reporter, force=values["force"])
+    finally:
+        reporter.close()
+    if values["json"]:
+        _print_json(
+            {"run_id": result.run_id, "subject": result.subject, "overfits": result.gap.overfits,
+             "gap": vars(result.gap) | {"size": result.gap.size}, "recommendation": result.recommendation,
+             "next_doubling": result.next_doubling, "trials": [vars(trial) for trial in result.trials]}
+        )  # fmt: skip
+        return 0
+    print(f"\n{result.gap}\n")
+    if result.trials:
+        rows = [["", "strength", "validation bits/byte", "bought", "minutes", "parameters"]]
+        rows.append(["as it was", "", f"{result.baseline_bits:.4f}", "", f"{result.baseline_minutes:.1f}", ""])
+        for one in result.trials:
+            strength = ", ".join(f"{k.rpartition('.')[2]} {_shown(v)}" for k, v in one.changes.items() if v is not None)
+            bits = "failed" if one.bits is None else f"{one.bits:.4f}"
+            gain = "" if one.gain is None else f"{one.gain:+.4f}"
+            parameters = f"{one.parameters:,}" if one.parameters else ""
+            rows.append([one.remedy, strength, bits, gain, f"{one.minutes:.1f}", parameters])
+        print(table(rows))
+        if result.next_doubling is not None:
+            print(f"\ntwice as much text may buy about {result.next_doubling:.3f} bits per byte (the learning curve)")
+    print(f"\n{result.recommendation}\n\nrun {result.run_id}, {duration(result.seconds)} in all")
     return 0
 
 
@@ -486,7 +602,8 @@ def ui(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     command.__name__: command
-    for command in (train, search, evaluate, generate, runs, compare, corpus, settings, ui, dashboard)
+    for command in (train, search, evaluate, generate, runs, compare, remedy, corpus, settings, ui,
+                    dashboard)
 }
 """Every command, declared here alone; its summary is its docstring."""
 
@@ -542,9 +659,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from elman.tracking.store import StoppedError
 
         if isinstance(error, StoppedError):
-            kept = f"; run {error.run_id} keeps its newest checkpoint" if error.run_id else ""
-            print(f"elman: {error}{kept}.", file=sys.stderr)
-            return 143 if error.signal_number == signal.SIGTERM else 130
+            command = (sys.argv[1:] if arguments is None else list(arguments))[0]
+            kept = f"run {error.run_id} keeps its newest checkpoint" if error.run_id else ""
+            if error.run_id and command == "train":
+                kept = f"`elman train --resume {error.run_id}` goes on with it"
+            print(f"elman: {error}{'; ' * bool(kept)}{kept}.", file=sys.stderr)
+            return 130 if error.signal_number == signal.SIGINT else 143
         traceback.print_exc()
         print(f"elman: internal error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from elman.config.load import load_config, read_yaml
+from elman.config.plan import load_plan
 from elman.config.schema import ExperimentConfig, GenerationConfig
+from elman.config.tournament import load_tournament
 from elman.config.tree import flatten, flatten_mapping, override, settings
 from elman.models.count import count_parameters
 from elman.models.language_model import build_model
+from elman.search.space import Space
 from elman.tasks.generation import TextGenerator
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
@@ -38,6 +41,32 @@ def test_every_experiment_loads_says_what_it_is_and_restates_no_default(path: Pa
     said = flatten_mapping(ExperimentConfig, read_yaml(path))
     restated = [name for name, value in said.items() if known[name].default == value and name != "name"]
     assert restated == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "searches").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_search_loads_and_its_space_is_sound(path: Path) -> None:
+    plan = load_plan(path)
+    assert path.read_text("utf-8").startswith("# ")
+    space = Space(plan)
+    assert space.dimensions
+    assert len(space.enqueued) == len(plan.enqueue)
+    if path.stem == "hidden-units":
+        assert len(space.grid()) * (plan.config.study.folds or 0) == 18
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "pipelines" / "tournaments").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_tournament_loads_and_its_contestants_are_of_one_size(path: Path) -> None:
+    plan = load_tournament(path)
+    assert path.read_text("utf-8").startswith("# ")
+    totals = []
+    for config in plan.contestants.values():
+        model = build_model(
+            config.model, vocabulary_size=71, num_inputs=71, start_id=1, context_length=config.data.sequence_length
+        )
+        totals.append(count_parameters(model)["total"])
+    assert min(totals) > 0.94 * max(totals)
 
 
 def test_the_three_shakespeares_differ_in_their_cell_and_agree_in_size() -> None:

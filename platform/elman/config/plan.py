@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,10 @@ def load_plan(path: str | Path, flags: Mapping[str, Any] | None = None) -> Searc
 
 
 def _plan(path: str | Path, tree: Mapping[str, Any], given: Mapping[str, Any]) -> SearchPlan:
-    for key in tree:
-        if key not in KEYS:
-            raise SearchSpaceError(f"{path}: {key} is not part of a search file.{nearest(str(key), KEYS)}")
+    check_keys(path, tree, KEYS, "a search file")
     own = {name: value for name, value in given.items() if name in settings(SearchConfig)}
     changes = {name: value for name, value in given.items() if name not in own}
-    sections = {
-        key: _mapping(path, key, tree[key]) for key in ("study", "search", "constraints") if tree.get(key) is not None
-    }
+    sections = {key: section(path, tree, key) for key in ("study", "search", "constraints")}
     flat = flatten_mapping(SearchConfig, sections)
     if "study.name" not in flat and "study.name" not in own:
         flat["study.name"] = Path(path).stem
@@ -77,13 +73,12 @@ def _plan(path: str | Path, tree: Mapping[str, Any], given: Mapping[str, Any]) -
     base: dict[str, Any] = {}
     if tree.get("base") is not None:
         base = read_settings(ExperimentConfig, _beside(path, tree["base"], "base"))
-    if tree.get("settings") is not None:
-        base |= flatten_mapping(ExperimentConfig, _mapping(path, "settings", tree["settings"]))
+    base |= flatten_mapping(ExperimentConfig, section(path, tree, "settings"))
     return SearchPlan(
         source=str(path),
         base=build(ExperimentConfig, base | changes),
         config=build(SearchConfig, flat | own),
-        space=_space(path, tree.get("space")),
+        space=flat_space(path, tree.get("space")),
         enqueue=_enqueued(path, tree),
     )
 
@@ -94,13 +89,35 @@ def _beside(path: str | Path, value: Any, key: str) -> Path:
     return Path(path).parent / value
 
 
-def _mapping(path: str | Path, key: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+def check_keys(path: str | Path, tree: Mapping[str, Any], known: Sequence[str], kind: str) -> None:
+    """Refuse a key at a file's top that does not belong there.
+
+    Raises:
+        SearchSpaceError: There is one.
+    """
+    for key in tree:
+        if key not in known:
+            raise SearchSpaceError(f"{path}: {key} is not part of {kind}.{nearest(str(key), known)}")
+
+
+def section(path: str | Path, tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping under a key of a file; empty where there is none.
+
+    Raises:
+        SearchSpaceError: Something else is there.
+    """
+    value = tree.get(key)
+    if value is not None and not isinstance(value, Mapping):
         raise SearchSpaceError(f"{path}: {key} must be a mapping of settings, got {value!r}.")
-    return value
+    return value or {}
 
 
-def _space(path: str | Path, given: Any) -> dict[str, Any]:
+def flat_space(path: str | Path, given: Any) -> dict[str, Any]:
+    """Dotted setting → bounds or choices, of a file's space.
+
+    Raises:
+        SearchSpaceError: It is none, or it names what is no setting.
+    """
     if not isinstance(given, Mapping) or not given:
         raise SearchSpaceError(f"{path}: space must map settings to their bounds or choices, got {given!r}.")
     known = settings(ExperimentConfig)
@@ -127,7 +144,7 @@ def _enqueued(path: str | Path, tree: Mapping[str, Any]) -> tuple[dict[str, Any]
     given = tree.get("enqueue") or []
     if not isinstance(given, list):
         raise SearchSpaceError(f"{path}: enqueue must be a list of points, got {given!r}.")
-    space, known = _space(path, tree.get("space")), settings(ExperimentConfig)
+    space, known = flat_space(path, tree.get("space")), settings(ExperimentConfig)
     points = []
     for index, entry in enumerate(given, 1):
         if isinstance(entry, str):

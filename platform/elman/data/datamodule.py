@@ -38,7 +38,7 @@ def evaluation_loader(split: PreparedSplit, config: DataConfig, start_id: int) -
     """Windows over a whole split for scoring it; short splits get fewer rows, so that each is a text, not a scrap."""
     file = TokenFile(split.path, split.dtype)
     return WindowLoader(
-        file.tokens,
+        file.tokens[: split.tokens],
         batch_size=max(1, min(config.evaluation_batch_size, split.tokens // config.sequence_length)),
         sequence_length=config.sequence_length,
         start_id=start_id,

@@ -74,7 +74,10 @@ class SearchResult:
 
 
 def run_search(
-    plan: SearchPlan, reporter: Reporter | None = None, make_pool: Callable[..., Pool] = Pool
+    plan: SearchPlan,
+    reporter: Reporter | None = None,
+    make_pool: Callable[..., Pool] = Pool,
+    parent: str | None = None,
 ) -> SearchResult:
     """Run a study, or go on with it, and train the best settings again.
 
@@ -82,6 +85,7 @@ def run_search(
         plan: The search file, read.
         reporter: Watches.
         make_pool: Starts the workers; takes what ``Pool`` takes.
+        parent: Id of the run that the study's belongs to.
 
     Raises:
         ElmanError: The file, the space, the corpus or the storage cannot be used; no trial has begun.
@@ -110,7 +114,7 @@ def run_search(
                 if not any(t.user_attrs.get("known") == json.dumps(point) for t in study.get_trials(deepcopy=False)):
                     study.enqueue_trial(space.stored(point), user_attrs={"known": json.dumps(point)})
             study.pruner = build_pruner(config.study, _validations(plan.base, corpora[0]))
-            with _study_run(plan, store, study, corpora[0]) as run:
+            with _study_run(plan, store, study, corpora[0], parent) as run:
                 reporter.note(f"study {config.study.name}: run {run.id}")
                 driver = Driver(
                     study, space, config, store, run.id, pool, _parameters, _progress(reporter), reporter.note
@@ -255,7 +259,9 @@ def _name_metrics(study: Study, metrics: Sequence[str]) -> None:
         study.set_metric_names(list(metrics))
 
 
-def _study_run(plan: SearchPlan, store: RunStore, study: Study, corpus: PreparedCorpus) -> Any:
+def _study_run(
+    plan: SearchPlan, store: RunStore, study: Study, corpus: PreparedCorpus, parent: str | None
+) -> Any:
     """The study's own run: a new one, or the one that an interrupted call began."""
     config = plan.config
     earlier = study.user_attrs.get("mlflow_run")
@@ -265,7 +271,7 @@ def _study_run(plan: SearchPlan, store: RunStore, study: Study, corpus: Prepared
     tags = {"study.name": config.study.name, "corpus.digest": corpus.digest, "kind": "search"}
     resume = earlier if earlier is not None and store.exists(earlier) else None
     opened = store.open_run(
-        config.study.name, base | params, tags, resume=resume,
+        config.study.name, base | params, tags, resume=resume, parent=parent,
         files={"search.yaml": _as_yaml(plan), "base.yaml": dump_yaml(plan.base)},
     )  # fmt: skip
     return _Noted(opened, study)

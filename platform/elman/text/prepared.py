@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import log
 from pathlib import Path
@@ -57,6 +57,19 @@ class PreparedSplit:
     def open(self) -> np.memmap[Any, Any]:
         """The tokens (tokens,), mapped read-only."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+    def part(self, tokens: int) -> PreparedSplit:
+        """The first so many tokens; its characters and bytes are the whole's share, not counted anew."""
+        share = tokens / self.tokens
+        return replace(
+            self,
+            tokens=tokens,
+            characters=round(self.characters * share),
+            bytes=round(self.bytes * share),
+            unknown_tokens=round(self.unknown_tokens * share),
+            unknown_bits=self.unknown_bits * share,
+            document_starts=self.document_starts[: int(np.searchsorted(self.document_starts, tokens))],
+        )
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Bits that a model of this mean loss spends on a byte of UTF-8, what ``<unk>`` hides included."""

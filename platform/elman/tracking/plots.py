@@ -56,3 +56,32 @@ def loss_curves(runs: Mapping[str, tuple[Curve, Curve]], *, unit: str = "bits pe
     if len(runs) > 0:
         axes.legend(frameon=False)
     return figure
+
+
+def curves_with_bands(contestants: Mapping[str, Sequence[Curve]], *, unit: str = "bits per byte") -> Any:
+    """A figure of validation curves: each contestant's mean over seeds, in a band from its lowest to its highest.
+
+    Args:
+        contestants: Name → one curve a seed, each (step, value); steps that not every seed has are left out.
+        unit: What the values are.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, (name, curves) in enumerate(contestants.items()):
+        by_step = [dict(curve) for curve in curves]
+        steps = sorted(set.intersection(*(set(values) for values in by_step))) if by_step else []
+        values = [[one[step] for one in by_step] for step in steps]
+        means = [sum(row) / len(row) for row in values]
+        axes.plot(steps, means, color=f"C{index % 10}", marker="o", markersize=4, linewidth=1.8, label=name)
+        axes.fill_between(steps, [min(row) for row in values], [max(row) for row in values], color=f"C{index % 10}",
+                          alpha=0.2, linewidth=0)  # fmt: skip
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"validation, {unit}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

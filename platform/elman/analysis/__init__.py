@@ -1,0 +1,1 @@
+"""Questions put to several trainings at once: which cell, which remedy."""
