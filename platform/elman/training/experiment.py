@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def run_experiment(
         resume.check(corpus, model)
     store = store or RunStore(config.tracking)
     _announce(reporter, config, corpus, model, device, precision)
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as held:
         described = {**run_tags(corpus, precision), **(tags or {})}
         if resume is None:
             opened = store.start_run(config, run_name(config, model), described, parent)
@@ -170,10 +170,10 @@ def run_experiment(
             reporter.note(f"run {run.id} ({run.name})")
             if resume is not None:
                 states, start = resume.states, _go_on(run, resume, corpus, reporter)
-            # Whoever resumes holds the folder before the run is touched.
-            lock = FolderLock(folder) if resume is None else nullcontext()
+            else:  # whoever resumes holds the folder before the run is touched
+                held.enter_context(FolderLock(folder))
             record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
-            with lock, record, _kept_checkpoints(run, states, signals):
+            with record, _kept_checkpoints(run, states, signals, held):
                 if start is None:
                     _record_inputs(run, corpus)
                 try:
@@ -406,32 +406,33 @@ def final_figures(done: Fit, parameters: int) -> dict[str, float]:
 
 
 @contextmanager
-def _kept_checkpoints(run: Run, states: States, signals: StopSignals) -> Iterator[None]:
+def _kept_checkpoints(run: Run, states: States, signals: StopSignals, held: ExitStack) -> Iterator[None]:
     """Hand the best checkpoint and the newest state over to the run however the training ends.
 
-    The folder goes when the run has them: what is not handed over, for want of time or of
-    anything to hand over, is resumed from the folder.
+    The folder goes when the run has them, and its status too, so that it is recognised
+    until then. What is not handed over, for want of time or of anything to hand over, is
+    resumed from the folder.
     """
     try:
         yield
     except BaseException as error:
-        if not signals.hurried:
-            _hand_over(run, states, empty_goes=not isinstance(error, StoppedError))
+        handed_over = not signals.hurried and _hand_over(run, states)
+        if handed_over or not isinstance(error, StoppedError):
+            held.callback(shutil.rmtree, states.folder, ignore_errors=True)
         raise
-    _hand_over(run, states, empty_goes=True)
+    _hand_over(run, states)
+    held.callback(shutil.rmtree, states.folder, ignore_errors=True)
 
 
-def _hand_over(run: Run, states: States, empty_goes: bool) -> None:
-    folder = states.folder
-    best, last = folder / BEST, folder / "last.ckpt"
+def _hand_over(run: Run, states: States) -> bool:
+    best, last = states.folder / BEST, states.folder / "last.ckpt"
     if states.newest is not None:
         last.unlink(missing_ok=True)
         link(states.newest / STATE, last)
     kept = [path for path in (best, last) if path.exists()]
     for path in kept:
         run.log_file(path, "checkpoints")
-    if kept or empty_goes:
-        shutil.rmtree(folder, ignore_errors=True)
+    return bool(kept)
 
 
 def _figure(run: Run) -> object:
