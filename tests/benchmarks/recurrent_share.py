@@ -50,7 +50,8 @@ def main() -> None:
         operations = 3 * 2 * BATCH_SIZE * SEQUENCE_LENGTH * size * size * GATES[cell]
         share = operations / sum(medians.values()) / peak
         results.append({"cell": cell, "hidden_size": size, "seconds": medians, "share": share, "matrix_rate": peak})
-        print(f"{cell:16} {medians['forward'] * 1e3:7.1f} ms {medians['backward'] * 1e3:7.1f} ms {share:6.0%}", flush=True)
+        figures = " ".join(f"{median * 1e3:7.1f} ms" for median in medians.values())
+        print(f"{cell:16} {figures} {share:6.0%}", flush=True)
     write_json(options.json, results)
 
 

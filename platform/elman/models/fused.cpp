@@ -458,7 +458,7 @@ struct Gru {
             to_half(saved, n);
             to_half(saved + units, r);
             to_half(saved + 2 * units, z);
-            to_half(saved + 3 * units, product);
+            to_half(saved + 3 * units, clamp(product, 65504.0f));  // the largest half
         }
     }
 

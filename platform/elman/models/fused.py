@@ -26,7 +26,9 @@ from elman.models.compiled import load_library
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 LANES = 16
-"""The kernel's hidden sizes are multiples of it."""
+"""Units in a vector; the kernel's hidden sizes are multiples of it."""
+WIDEST = 4
+"""Vectors of sums that are computed together: with more, registers would hold too few rows of them."""
 
 
 class Rows(NamedTuple):
@@ -50,7 +52,7 @@ class Layout(NamedTuple):
     recurrent: int
     """The first column that the recurrent product feeds; those of the input start at 0."""
     vectors: int
-    """Most groups of 16 units that are computed together: with more, their sums would not fit into registers."""
+    """Vectors of units that are computed together in the forward product, each with its gates: at most WIDEST."""
 
 
 LAYOUTS = {
@@ -203,8 +205,7 @@ class _FusedWindow(torch.autograd.Function):
             "d_bias": d_bias_C,
         }
         wants = ctx.needs_input_grad
-        vectors = LAYOUTS["rnn_tanh"].vectors  # there, units have no gates of their own
-        _call(ctx.kind, vectors, call, is_forward=False, wants_d_h=any(wants[5:]))
+        _call(ctx.kind, WIDEST, call, is_forward=False, wants_d_h=any(wants[5:]))
         d_weight_hh = None
         if wants[3]:
             gates_NG = gates_TBC[..., layout.recurrent * padded_size :].flatten(0, 1)

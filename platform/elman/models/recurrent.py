@@ -1,8 +1,9 @@
-"""A stack of recurrent layers on torch's fast kernels.
+"""A stack of recurrent layers on torch's fast kernels, or in bfloat16 on the compiled one of fused.py.
 
 Each layer is a module of its own, so that widths, dropout, norms and residuals between
-layers are ours to place. Everything runs batch-first: on CPU that is as fast as
-time-major, and on GPU cuDNN transposes once.
+layers are ours to place. Everything runs batch-first: on CPU torch's kernels are as fast so as
+time-major, and on GPU cuDNN transposes once; the compiled kernel's outputs are batch-first
+views of time-major memory.
 
 Shape suffixes: B batch, T time steps, I input, H hidden.
 """
@@ -51,7 +52,10 @@ class RecurrentLayer(nn.Module):
         return tuple(bias.new_zeros(1, self.hidden_size) for _ in range(self.num_states))
 
     def forward(self, x: Tensor | Rows, state: LayerState) -> tuple[Tensor, LayerState]:
-        """Run over a window (B, T, I); returns the h of every step (B, T, H), and the state after the last."""
+        """Run over a window (B, T, I); returns the h of every step (B, T, H), and the state after the last.
+
+        Single steps without gradients, as in generation, have kernels of their own.
+        """
         holder = self.weights
         weights = cast(Weights, [holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0])
         if self.training and self.weight_dropout:
