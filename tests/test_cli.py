@@ -45,7 +45,7 @@ def test_a_training_ends_with_a_table_a_sample_and_the_next_commands(
     sample = out.split("own ───\n")[1].split("\n───\n")[0]
     assert len(sample) == 400
     assert "validation loss" in err
-    assert "fp32" in err
+    assert "in fp32" in err or "in bf16" in err
 
 
 def test_json_is_exactly_one_object_for_every_command(

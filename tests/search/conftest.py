@@ -90,3 +90,9 @@ def postgres() -> Iterator[Any]:
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def thread_pool() -> type[Pool]:
+    """What starts workers that are threads."""
+    return ThreadPool
