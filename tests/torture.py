@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +246,11 @@ class Bench:
         self.text.write_text(make_text(560, seed=3), encoding="utf-8")
         self._count = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment, cwd=folder, stderr=(folder / "zygote.log").open("w"),
-        )  # fmt: skip
+        with (folder / "zygote.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=environment, cwd=folder, stderr=log,
+            )  # fmt: skip
         assert self._process.stdout is not None
         ready = self._process.stdout.readline()
         assert ready == "ready\n", (folder / "zygote.log").read_text()
@@ -300,17 +302,21 @@ class Bench:
         return outcome(work)
 
 
+def _database(work: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(work / "mlruns" / "mlflow.db"))
+
+
 def begun_run(work: Path) -> str | None:
     """The only run in a store, provided that it holds its settings."""
-    with sqlite3.connect(work / "mlruns" / "mlflow.db") as database:
+    with _database(work) as database:
         found = [row[0] for row in database.execute("SELECT run_uuid FROM runs")]
         assert len(found) <= 1, "a second run"
         if found and not list((work / "mlruns" / "artifacts").rglob("config.yaml")):
             # Killed while it was being created: there is nothing in it yet.
             for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
                 database.execute(f"DELETE FROM {table}")
+            database.commit()
             return None
-    database.close()
     return found[0] if found else None
 
 
@@ -318,10 +324,9 @@ def outcome(work: Path) -> dict[str, Any]:
     """Everything that a finished run came to, but for what tells the time."""
     import torch
 
-    with sqlite3.connect(work / "mlruns" / "mlflow.db") as database:
+    with _database(work) as database:
         rows = list(database.execute("SELECT key, step, value, is_nan FROM metrics ORDER BY key, step"))
         statuses = [row[0] for row in database.execute("SELECT status FROM runs")]
-    database.close()
     assert statuses == ["FINISHED"], statuses
     places = [(key, step) for key, step, _, _ in rows]
     twice = sorted({place for place in places if places.count(place) > 1})
@@ -382,14 +387,13 @@ def torture(bench: Bench, case: str, kills: int, draw: random.Random) -> tuple[i
         if nasty:
             mine += bench.run(work, case, kills=[nasty.pop(0)]) == -signal.SIGKILL
         for _ in range(draw.randrange(0 if mine else 1, 5)):
-            status = bench.run(work, case, seconds=draw.uniform(0.02, length))
-            if status == 0:
+            if is_finished(work):
                 break
-            assert status == -signal.SIGKILL, (work / "log").read_text()[-3000:]
-            mine += 1
+            status = bench.run(work, case, seconds=draw.uniform(0.02, length))
+            assert status in (0, -signal.SIGKILL), (work / "log").read_text()[-3000:]
+            mine += status != 0
         try:
-            finished = begun_run(work) and _status(work) == "FINISHED"
-            found = outcome(work) if finished else bench.finish(work, case)
+            found = outcome(work) if is_finished(work) else bench.finish(work, case)
             wrong += [f"{case} {work.name} {difference}" for difference in differences(peace, found)[:5]]
         except AssertionError as error:
             wrong.append(f"{case} {work.name} {error}")
@@ -397,10 +401,15 @@ def torture(bench: Bench, case: str, kills: int, draw: random.Random) -> tuple[i
     return survived, ended, wrong
 
 
-def _status(work: Path) -> str:
-    with sqlite3.connect(work / "mlruns" / "mlflow.db") as database:
+def is_finished(work: Path) -> bool:
+    """Whether the run is; a kill may come when all is done."""
+    return begun_run(work) is not None and status_of(work) == "FINISHED"
+
+
+def status_of(work: Path) -> str:
+    """The only run's status."""
+    with _database(work) as database:
         [[status]] = database.execute("SELECT status FROM runs")
-    database.close()
     return str(status)
 
 

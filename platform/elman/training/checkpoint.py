@@ -235,9 +235,19 @@ class States:
         self._sound = [*self._sound, path][-KEPT:]
         for old in numbered:
             if old not in self._sound:
-                # Renamed first: half a state must not look like a damaged one.
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)
+                _remove(old)
         return path
+
+    def discard(self, path: Path) -> None:
+        """Remove a state that turned out to lead nowhere."""
+        if path in self._sound:
+            self._sound.remove(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: half a state must not look like a damaged one.
+    shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)), ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:

@@ -17,12 +17,16 @@ import numpy as np
 import torch
 
 from elman.config.schema import TrainerConfig
+from elman.errors import DivergenceError
 from elman.tasks.language_modeling import LanguageModeling
 from elman.tracking.logger import RunLogger
 from elman.tracking.store import StoppedError
 from elman.training.callbacks import Checkpoints, Recorder, StopSignals
-from elman.training.checkpoint import States, UnwrittenError, durable_io, put_back_best
+from elman.training.checkpoint import KEPT, States, UnwrittenError, durable_io, put_back_best
 from elman.training.progress import Reporter
+
+UNSEEN_ON_GPU = 9
+"""Steps whose loss may not have been looked at there."""
 
 
 def random_state() -> dict[str, Any]:
@@ -76,6 +80,7 @@ class Keeper(L.Callback):
         self._validated = False
         self._due = False
         self._saved = 0.0
+        self._written: list[tuple[int, Path]] = []
         self._resumed: dict[str, Any] | None = None
         self._failing = False
 
@@ -192,12 +197,22 @@ class Keeper(L.Callback):
             if not self._checkpoints.settle(trainer):
                 return  # the disk is as full as it was
             digest = self._checkpoints.digest
-            states.write(save, None if digest is None else (self._checkpoints.best, digest))
+            path = states.write(save, None if digest is None else (self._checkpoints.best, digest))
         except (OSError, UnwrittenError) as error:
             why = (isinstance(error, OSError) and error.strerror) or str(error)
             self.warn(f"a checkpoint was not written ({why}): training goes on, and the one before it stands")
             return
+        self._written = [*self._written, (self._step, path)][-KEPT:]
         self._due = self._failing = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A state whose very next loss was no number had gone astray: the one before it is the last good one."""
+        if self._states is None or not isinstance(exception, DivergenceError):
+            return
+        unseen = UNSEEN_ON_GPU if pl_module.device.type == "cuda" else 0
+        for step, path in self._written:
+            if step >= trainer.global_step - unseen:
+                self._states.discard(path)
 
     def warn(self, text: str) -> None:
         """Say that the disk does not take checkpoints, once until it does."""
