@@ -208,6 +208,14 @@ def test_windows_that_wait_for_their_backward_do_not_share_memory(kind: str) -> 
         assert all(torch.equal(one, two) for one, two in zip(together, expected, strict=True))
 
 
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_an_index_without_a_row_is_refused(wrong: int) -> None:
+    case = Case("gru", 2, 3, 16, rows=True)
+    case.index[1, 2] = wrong
+    with pytest.raises(IndexError, match="out of range"):
+        case.run()
+
+
 def test_a_second_backward_through_one_window_is_refused() -> None:
     case = Case("lstm", 2, 3, 16)
     loss = case.loss(*case.run())

@@ -344,7 +344,8 @@ struct Worker {
     // what is added to the product, ``finish`` takes the sums: both for one vector of units and
     // some rows, whose sums are ``stride`` apart. Without ``a`` there is no product.
     template <class Prepare, class Finish>
-    void sweep(long gates, const Bits* a, long a_stride, const Bits* panel, long pairs, Prepare prepare, Finish finish) {
+    void sweep(
+        long gates, const Bits* a, long a_stride, const Bits* panel, long pairs, Prepare prepare, Finish finish) {
         for (long p = first; p < last; p++) {
             const long n = vectors(p) * gates, stride = n * LANES;
             for (long row = 0; row < w.batch; row += ROWS) {
@@ -499,13 +500,15 @@ void forward(const Window& w) {
                 gates, w.outputs + t * w.batch * units, units, worker.weights, units / 2,
                 [&](long unit, long row, long end, float* s, long stride) {
                     Floats bias[gates];
-                    for (long g = 0; g < gates; g++) bias[g] = load<Floats>(w.bias + (Cell::recurrent + g) * units + unit);
+                    for (long g = 0; g < gates; g++)
+                        bias[g] = load<Floats>(w.bias + (Cell::recurrent + g) * units + unit);
                     for (; row < end; row++, s += stride)
                         for (long g = 0; g < gates; g++) {
                             Floats sum = bias[g];
                             const long column = Cell::recurrent + g;
                             // The GRU's last takes its input after the product, in its first column.
-                            if (column < gates) sum += input_at<TABLE>(w, width, t * w.batch + row, column * units + unit);
+                            if (column < gates)
+                                sum += input_at<TABLE>(w, width, t * w.batch + row, column * units + unit);
                             store(s + g * LANES, sum);
                         }
                 },
@@ -569,7 +572,8 @@ void backward(const Window& w) {
                     for (; row < end; row++, s += stride) {
                         const long at = t * w.batch + row;
                         Cell::backward(w, at, units, row, unit, load<Floats>(s), d);
-                        for (long g = 0; g < columns; g++) keep<columns, gates, TABLE>(w, at, units, unit, g, d[g], d_bias[g]);
+                        for (long g = 0; g < columns; g++)
+                            keep<columns, gates, TABLE>(w, at, units, unit, g, d[g], d_bias[g]);
                     }
                     for (long g = 0; g < columns; g++) store(w.d_bias + g * units + unit, d_bias[g]);
                 });

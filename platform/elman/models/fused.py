@@ -105,6 +105,9 @@ def fused_window(
     Returns:
         The h of every step (B, T, H) in bfloat16, a view of time-major memory, and the state
         after the last in float32.
+
+    Raises:
+        IndexError: If there is no row of an index.
     """
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     hidden_size = weight_hh.shape[1]
@@ -122,6 +125,9 @@ def fused_window(
     tokens_TB: Tensor | None = None
     if isinstance(x, Rows):
         tokens_TB = x.index_BT.t().contiguous()
+        smallest, largest = torch.aminmax(tokens_TB)
+        if smallest < 0 or largest >= x.rows_VI.shape[0]:  # the kernel would read what is not there
+            raise IndexError(f"index out of range: {smallest} to {largest} of {x.rows_VI.shape[0]} rows")
         inputs = F.linear(x.rows_VI, weight_ih).float()
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
