@@ -31,7 +31,7 @@ from elman.search.pool import Pool
 from elman.search.report import record_study
 from elman.search.samplers import build_pruner
 from elman.search.space import Space
-from elman.search.storage import close_storage, default_storage, open_storage
+from elman.search.storage import PATIENCE_SECONDS, close_storage, default_storage, open_storage
 from elman.tasks.hardware import resolve_device
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus
@@ -106,7 +106,7 @@ def run_search(
         try:
             corpora = [prepare(c, progress=reporter.stage) for c in _corpora(plan)]
             _check_corpus(space, corpora[-1])
-            store = RunStore(plan.base.tracking)
+            store = RunStore(plan.base.tracking, patience=PATIENCE_SECONDS)
             storage = open_storage(config.search.storage, reporter.note)
             study = _open_study(plan, storage, corpora[0])
             study.set_user_attr("finished", False)

@@ -40,10 +40,11 @@ def serve(pipe: Connection, tracking: TrackingConfig) -> None:
             A report and an outcome are answered by a bool: whether to prune, whether to keep the checkpoint.
         tracking: Where trials are recorded.
     """
+    from elman.search.storage import PATIENCE_SECONDS
     from elman.search.trial import Job, Outcome, run_trial
     from elman.tracking.store import RunStore
 
-    store = RunStore(tracking)
+    store = RunStore(tracking, patience=PATIENCE_SECONDS)
 
     def report(step: int, value: float) -> bool:
         pipe.send(("report", step, value))

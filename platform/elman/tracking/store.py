@@ -9,15 +9,17 @@ from __future__ import annotations
 import fcntl
 import getpass
 import json
+import logging
 import os
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from elman.config.load import dump_yaml
 from elman.config.schema import ExperimentConfig, TrackingConfig
@@ -35,6 +37,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 LOCAL_ROOT = "mlruns"
+
+log = logging.getLogger(__name__)
 
 
 class StoppedError(Exception):
@@ -65,6 +69,50 @@ def tracking_uri(config: TrackingConfig) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_root() / 'mlflow.db'}"
 
 
+class PatientClient:
+    """An MlflowClient whose calls wait for a store that is away for a while.
+
+    Args:
+        client: The real one.
+        seconds: After which its absence is an error.
+    """
+
+    def __init__(self, client: MlflowClient, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not callable(method):
+            return method
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            deadline = time.monotonic() + self._seconds
+            while True:
+                try:
+                    return method(*arguments, **named)
+                except Exception as error:  # of MLflow, its databases' drivers, or the network
+                    if not _is_absence(error) or time.monotonic() > deadline:
+                        raise
+                    log.info("The tracking store does not answer; waiting (%s).", _first_line(error))
+                    time.sleep(1.0)
+
+        return call
+
+
+def _is_absence(error: Exception) -> bool:
+    """Whether nobody answered, rather than that the answer was no."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        if error.error_code == "TEMPORARILY_UNAVAILABLE":
+            return True
+        text = str(error)
+        return error.error_code == "INTERNAL_ERROR" and any(
+            sign in text for sign in ("OperationalError", "API request to", "Connection refused", "server closed")
+        )
+    return isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in ("requests", "urllib3")
+
+
 @dataclass(frozen=True)
 class RunSummary:
     """A run as the store has it."""
@@ -86,20 +134,21 @@ class RunStore:
 
     Args:
         config: Where it is.
+        patience: Seconds for which a call is tried again while nobody answers; the first one never waits.
 
     Raises:
         TrackingError: It cannot be reached or written.
     """
 
-    def __init__(self, config: TrackingConfig | None = None) -> None:
+    def __init__(self, config: TrackingConfig | None = None, *, patience: float = 0.0) -> None:
         self.config = config or TrackingConfig()
         self.uri = tracking_uri(self.config)
         self.is_local = self.uri == f"sqlite:///{local_root() / 'mlflow.db'}"
         self.client = self._connect()
+        if patience:
+            self.client = cast("MlflowClient", PatientClient(self.client, patience))
 
     def _connect(self) -> MlflowClient:
-        import logging
-
         # MLflow announces every database migration, and urllib3 every attempt to reach a server: what
         # comes of them is said once, by us.
         for name in ("alembic", "mlflow.store.db.utils", "urllib3"):
@@ -172,7 +221,8 @@ class RunStore:
             if found.lifecycle_stage == "deleted":
                 raise TrackingError(f"tracking.experiment {name} was deleted: restore it, or use another name.")
             return str(found.experiment_id)
-        location = str(local_root() / "artifacts" / name) if self.is_local else None
+        # A server knows its own place for artifacts; a database has none.
+        location = None if self.uri.startswith("http") else str(local_root() / "artifacts" / name)
         try:
             # Without its kind the UI takes every experiment for a chatbot's.
             tags = {"mlflow.experimentKind": "custom_model_development"}
