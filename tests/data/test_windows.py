@@ -139,3 +139,26 @@ def test_a_token_file_reads_what_was_written_after_its_pages_were_released(
     file = TokenFile(path, np.uint16)
     walked = WindowLoader(file.tokens, batch_size=4, sequence_length=50, start_id=START, on_read=file.note_read)
     assert targets_of(list(walked)) == list(range(10_000))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 6])
+def test_a_stream_goes_on_at_the_window_where_it_was_left(stop: int) -> None:
+    def pieces() -> Iterator[tuple[Any, bool]]:
+        for begin in range(0, 60, 7):
+            yield np.arange(begin, min(begin + 7, 60)), begin % 21 == 0
+
+    def loader() -> StreamLoader:
+        return StreamLoader(pieces, batch_size=3, sequence_length=4, start_id=START, reset_at_documents=True)
+
+    whole, first, second = list(loader()), loader(), loader()
+    for _, _ in zip(range(stop), first, strict=False):
+        pass
+    second.load_state_dict({"next": stop})
+    rest = list(second)
+    assert len(rest) == len(whole) - stop
+    for expected, found in zip(whole[stop:], rest, strict=True):
+        assert torch.equal(expected.inputs_BT, found.inputs_BT)
+        assert torch.equal(expected.targets_BT, found.targets_BT)
+        assert expected.is_first == found.is_first
+    assert second.state_dict() == {"next": len(whole)}
+    assert len(list(second)) == len(whole)  # the next pass is a whole one

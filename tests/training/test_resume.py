@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from elman.cli import main
 from elman.config.schema import ExperimentConfig
 from elman.errors import ConfigError, DataError, DivergenceError, ModelError, TrackingError
 from elman.tasks.schedule import Schedule
+from elman.tracking.buffer import Row
 from elman.tracking.store import RunStore, StoppedError
 from elman.training.experiment import resume_experiment, run_experiment
 from elman.training.keeper import Keeper, random_state, restore_random_state
@@ -69,7 +71,7 @@ class Stopper(Silence):
 
 # To the bit ------------------------------------------------------------------------------
 
-KILLS = [(case, kill) for case, kill in zip([*torture.CASES] * 4, torture.NASTY, strict=False)]
+KILLS = list(zip(cycle(torture.CASES), torture.NASTY, strict=False))
 
 
 @pytest.mark.slow
@@ -84,13 +86,13 @@ def test_a_run_killed_at_the_worst_moment_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_again_and_again_at_random_ends_as_if_it_had_not_been(
     bench: torture.Bench, peace: Any, seed: int
 ) -> None:
     work, case = bench.place(), "lstm"
     expected = peace(case)
-    for index in range(4):
+    for index in range(3):
         seconds = 0.25 + 0.3 * ((7 * seed + 3 * index) % 5)
         if not torture.is_finished(work):
             bench.run(work, case, seconds=seconds)
@@ -136,8 +138,9 @@ def test_the_comparison_notices_what_a_checkpoint_lacks(bench: torture.Bench, pe
 
 
 @pytest.mark.slow
-def test_the_cases_average_weights_and_stop_in_the_middle_of_an_epoch(peace: Any) -> None:
+def test_the_cases_average_weights_and_lose_their_patience(peace: Any) -> None:
     assert peace("lstm")["last"]["averaged"] is not None
+    assert peace("patient")["last"]["callbacks"]["Limits"]["waited"] == 3
     assert {key for key, _ in peace("lstm")["places"]} >= {"val/loss", "train/loss", "optimizer/lr", "best/loss"}
 
 
@@ -195,7 +198,7 @@ def _move_artifacts(old: Path, new: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [(1, 9), (8, 30), (12, 12)])
+@pytest.mark.parametrize("calls", [(1, 9), (8, 30)])
 def test_a_disk_that_is_full_for_a_while_changes_nothing_and_is_said_once(
     bench: torture.Bench, peace: Any, calls: tuple[int, int]
 ) -> None:
@@ -248,7 +251,7 @@ def test_divergence_overwrites_neither_the_best_nor_the_last_good_state(
 # Being told to stop ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_with_its_exit_code_and_the_command_that_resumes(
     workplace: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -326,9 +329,7 @@ def stopped(store: RunStore, text_file: Path) -> str:
 
 def test_two_cannot_resume_one_run(store: RunStore, stopped: str) -> None:
     with FolderLock(checkpoint_folder(stopped)):
-        with pytest.raises(
-            TrackingError, match=r"^Run \w+ is being trained by another process \(process \d+ on "
-        ):
+        with pytest.raises(TrackingError, match=r"^Run \w+ is being trained by another process \(process \d+ on "):
             resume_experiment(stopped, store=store)
         assert store.find_run(stopped).status == "KILLED"
     resume_experiment(stopped, store=store)
@@ -345,23 +346,18 @@ def test_a_run_whose_process_is_gone_is_interrupted_and_one_that_trains_is_not(s
     assert not is_interrupted(store.find_run(stopped))
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "says"),
-    [
-        ({"optimizer.lr": 0.5}, ConfigError, r"^optimizer\.lr is 0\.003 in run \w+ and cannot become 0\.5"),
-        ({"model.hidden_size": 32}, ConfigError, r"^model\.hidden_size is 16 in run"),
-        ({"data.batch_size": 4}, ConfigError, r"^data\.batch_size is 8 in run"),
-        ({"seed": 2}, ConfigError, r"^seed is 1 in run"),
-        ({"trainer.max_steps": -1}, ConfigError, r"^trainer\.max_steps must be at least 1"),
-    ],
-)
-def test_what_shapes_the_training_cannot_change_in_its_middle(
-    store: RunStore, stopped: str, changes: dict[str, Any], kind: type[Exception], says: str
-) -> None:
-    with pytest.raises(kind, match=says):
-        resume_experiment(stopped, changes, store)
-    assert store.find_run(stopped).status == "KILLED"
-    assert not checkpoint_folder(stopped).exists()
+def test_what_shapes_the_training_cannot_change_in_its_middle(store: RunStore, stopped: str) -> None:
+    for changes, says in (
+        ({"optimizer.lr": 0.5}, r"^optimizer\.lr is 0\.003 in run \w+ and cannot become 0\.5 in the middle of it"),
+        ({"model.hidden_size": 32}, r"^model\.hidden_size is 16 in run"),
+        ({"data.batch_size": 4}, r"^data\.batch_size is 8 in run"),
+        ({"seed": 2}, r"^seed is 1 in run"),
+        ({"trainer.max_steps": -1}, r"^trainer\.max_steps must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            resume_experiment(stopped, changes, store)
+        assert store.find_run(stopped).status == "KILLED"
+        assert not checkpoint_folder(stopped).exists()
 
 
 def test_a_changed_corpus_vocabulary_or_architecture_is_refused(
@@ -408,6 +404,9 @@ def test_there_is_no_silent_start_from_zero(store: RunStore, stopped: str) -> No
     store.delete_artifact(stopped, "checkpoints")
     with pytest.raises(ModelError, match=r"left no checkpoint here, nor among its artifacts"):
         resume_experiment(stopped, store=store)
+    store.client.update_run(stopped, status="RUNNING")
+    with pytest.raises(TrackingError, match=r"is RUNNING, and not of this folder"):
+        resume_experiment(stopped, store=store)
     with pytest.raises(TrackingError, match="There is no run"):
         resume_experiment("0123456789abcdef0123456789abcdef", store=store)
 
@@ -421,3 +420,15 @@ def test_every_generator_comes_back_as_it_was() -> None:
     drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), np.random.standard_normal()
     restore_random_state(state)
     assert drawn == (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), np.random.standard_normal())
+
+
+def test_what_the_store_has_is_dropped_and_what_it_never_got_is_sent(store: RunStore) -> None:
+    with store.open_run("rows", {}, {}) as run:
+        run.metrics.add({"loss": 1.0, "rate": 1.0}, 1)
+    with store.open_run("rows", {}, {}, resume=run.id) as again:
+        again.metrics.go_on({("loss", 1), ("rate", 1)}, [Row("loss", 2.0, 7, 2), Row("rate", 9.0, 7, 1)])
+        assert again.metrics.unsent()[0] == Row("loss", 2.0, 7, 2)
+        for step in (1, 2, 3):
+            again.metrics.add({"loss": float(step)}, step)
+    assert store.history(run.id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert store.history(run.id, "rate") == [(1, 1.0)]

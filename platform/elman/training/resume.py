@@ -144,6 +144,11 @@ def resumed(
         raise TrackingError(f"Run {run.id[:12]} is a trial of study {run.tags.get('study.name')}: search again.")
     folder = checkpoint_folder(run.id)
     trained_here = folder.exists()
+    if run.status == "RUNNING" and not trained_here and "train/loss" in run.metrics:
+        raise TrackingError(
+            f"Run {run.id[:12]} is RUNNING, and not of this folder: whether anybody trains it can be told only where "
+            "it was started. Resume it there."
+        )
     with FolderLock(folder):
         try:
             found = _find(store.find_run(run.id), States(folder), store, changes, file, trained_here)
