@@ -20,6 +20,7 @@ from elman.errors import ConfigError, DataError, DivergenceError, ModelError, Tr
 from elman.tasks.schedule import Schedule
 from elman.tracking.buffer import Row
 from elman.tracking.store import RunStore, StoppedError
+from elman.training.checkpoint import States, is_sound, put_back_best, read_sums, write_whole
 from elman.training.experiment import resume_experiment, run_experiment
 from elman.training.keeper import Keeper, random_state, restore_random_state
 from elman.training.lock import FolderLock, checkpoint_folder, is_interrupted
@@ -224,6 +225,24 @@ def test_a_disk_that_fills_up_leaves_the_last_good_state_to_resume_from(bench: t
         assert torture.differences(peace("lstm"), bench.finish(work, "lstm")) == []
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_new_best_leaves_the_states_before_it_as_they_were(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    best = tmp_path / "best.ckpt"
+
+    def write(path: Path, data: bytes) -> str:
+        return write_whole(path, lambda file: file.write(data))
+
+    old = states.write(lambda path: write(path, b"state"), (best, write(best, b"good")))
+    assert put_back_best(old, tmp_path) == (best, read_sums(old)["best.ckpt"])
+    new = states.write(lambda path: write(path, b"later state"), (best, write(best, b"better")))
+    assert is_sound(old)
+    assert is_sound(new)
+    assert put_back_best(old, tmp_path) is not None
+    assert best.read_bytes() == b"good"
+    assert (new / "best.ckpt").read_bytes() == b"better"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001", "000002", "best.ckpt"]
 
 
 def test_divergence_overwrites_neither_the_best_nor_the_last_good_state(

@@ -89,8 +89,9 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> str:
         OSError: The disk is full or broken; what stood at ``path`` stands.
     """
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # what lies there may be another name of a file that must stay as it is
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             hashing = _Hashing(file)
             try:
                 write(hashing)
@@ -296,5 +297,6 @@ def put_back_best(path: Path, folder: Path) -> tuple[Path, str] | None:
     staged.unlink(missing_ok=True)
     link(path / BEST, staged)
     staged.replace(best)
+    staged.unlink(missing_ok=True)  # renaming one name of a file to another of the same file does nothing
     sync_folder(folder)
     return best, read_sums(path)[BEST]
