@@ -7,10 +7,12 @@ STAMP := $(VENV)/.installed
 EXPERIMENTS := $(patsubst pipelines/experiments/%.yaml,%,$(wildcard pipelines/experiments/*.yaml))
 SEARCHES := $(patsubst pipelines/searches/%.yaml,%,$(wildcard pipelines/searches/*.yaml))
 TOURNAMENTS := $(patsubst pipelines/tournaments/%.yaml,%,$(wildcard pipelines/tournaments/*.yaml))
+BENCHMARKS := $(filter-out harness,$(patsubst tests/benchmarks/%.py,%,$(wildcard tests/benchmarks/*.py)))
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train search evaluate generate compare remedy runs ui dashboard test check clean
+.PHONY: bench $(BENCHMARKS:%=bench-%)
 .PHONY: $(EXPERIMENTS:%=train-%) $(SEARCHES:%=search-%) $(TOURNAMENTS:%=tournament-%)
 
 help: ## list the targets
@@ -18,6 +20,7 @@ help: ## list the targets
 	@echo "  train-NAME takes NAME from: $(EXPERIMENTS)"
 	@echo "  search-NAME takes NAME from: $(SEARCHES)"
 	@echo "  tournament-NAME takes NAME from: $(TOURNAMENTS)"
+	@echo "  bench-NAME takes NAME from: $(BENCHMARKS)"
 
 setup: $(STAMP) ## install everything into .venv, at the pinned versions
 
@@ -68,6 +71,14 @@ dashboard: $(STAMP) ## open optuna-dashboard on the studies
 
 test: $(STAMP) ## run the test suite
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(BENCHMARKS:%=bench-%) ## measure speed and memory; figures go to build/bench/*.json
+
+bench-%: ## one of them: tests/benchmarks/NAME.py
+
+$(BENCHMARKS:%=bench-%): bench-%: $(STAMP)
+	@mkdir -p build/bench
+	@$(BIN)/python tests/benchmarks/$*.py --json build/bench/$*.json $(ARGS)
 
 check: $(STAMP) ## lint, types and layers
 	@$(BIN)/ruff check platform tests

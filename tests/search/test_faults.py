@@ -211,3 +211,30 @@ def test_a_journal_with_a_torn_last_line_is_mended(workplace: Path, caplog: pyte
     again.enqueue_trial({"x": 2.0})
     assert len(optuna.load_study(study_name="s", storage=open_storage(f"journal:{path}")).trials) == 2
     assert "torn" in caplog.text
+
+
+def test_a_journal_keeps_a_study(make_plan: MakePlan, search: Search, workplace: Path) -> None:
+    url = f"journal:{workplace / 'study.journal'}"
+    space = {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    search(make_plan(space, study={"sampler": "random", "trials": 1}, search={"storage": url}))
+    result = search(make_plan(space, study={"sampler": "random", "trials": 2}, search={"storage": url}))
+    assert result.trials["complete"] == 2
+    assert len(optuna.load_study(study_name="s", storage=open_storage(url)).trials) == 2
+
+
+@pytest.mark.slow
+def test_a_study_behind_optuna_s_proxy(make_plan: MakePlan, search: Search, workplace: Path) -> None:
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from optuna.storages import RDBStorage, run_grpc_proxy_server\n"
+        "run_grpc_proxy_server(RDBStorage('sqlite:///proxy.db'), host='127.0.0.1', port=13987)\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = "grpc://127.0.0.1:13987"
+        space = {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+        result = search(make_plan(space, study={"sampler": "random", "trials": 2}, search={"storage": url}))
+        assert result.trials["complete"] == 2
+    finally:
+        server.kill()
+        server.wait()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -245,3 +246,73 @@ def test_windows_longer_than_the_text_are_refused_before_anything_is_recorded(
         search(make_plan({"data.batch_size": {"low": 8, "high": 8000}}, study={"trials": 2}))
     assert not Path("mlruns/search.db").exists()
     assert RunStore().runs() == []
+
+
+@pytest.mark.parametrize(
+    ("study", "settings"),
+    [
+        ({"sampler": "tpe"}, {}),
+        ({"sampler": "gp"}, {}),
+        ({"sampler": "cmaes"}, {}),
+        ({"sampler": "nsga2"}, {}),
+        ({"sampler": "random", "pruner": "successive_halving"}, {}),
+        ({"sampler": "random", "pruner": "hyperband"}, {}),
+        ({"sampler": "random", "pruner": "patience", "pruner_patience": 1}, {}),
+        ({"sampler": "random", "pruner": "wilcoxon", "folds": 3}, {"corpus__fold_gap": 10}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_every_sampler_and_pruner_brings_a_study_to_its_end(
+    make_plan: MakePlan, search: Search, study: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.hidden_size": {"low": 4, "high": 16}}
+    settings = {"trainer__max_steps": 9, "trainer__validate_every_steps": 3} | settings
+    plan = make_plan(space, study=study | {"trials": 4}, **settings)
+    result = search(plan)
+    assert result.trials["complete"] + result.trials["pruned"] == 4
+    assert result.trials["failed"] == 0
+    points = {tuple(trial.params.values()) for trial in open_study().trials}
+    assert len(points) == 4
+    assert_whole(open_study(), RunStore(), 4)
+
+
+def test_minutes_end_a_study_and_cut_its_last_trial_off(make_plan: MakePlan, search: Search) -> None:
+    plan = make_plan(
+        {"optimizer.lr": {"low": 1e-3, "high": 1e-2}}, study={"sampler": "random", "minutes": 0.05},
+        trainer__max_steps=150, trainer__validate_every_steps=50,
+    )  # fmt: skip
+    begun = time.monotonic()
+    result = search(plan)
+    assert time.monotonic() - begun < 60 * 0.05 + 15
+    last = open_study().trials[-1]
+    assert last.state in (TrialState.PRUNED, TrialState.COMPLETE)
+    assert result.trials["complete"] >= 1
+    if last.state == TrialState.PRUNED:
+        assert "minutes were over" in last.user_attrs["reason"]
+
+
+def test_known_good_points_are_tried_first_and_once(make_plan: MakePlan, search: Search) -> None:
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+    known = ({"optimizer.lr": 0.01}, {"optimizer.lr": 0.02})
+    search(make_plan(space, study={"sampler": "random", "trials": 3}, enqueue=known))
+    search(make_plan(space, study={"sampler": "random", "trials": 4}, enqueue=known))
+    rates = [trial.params["optimizer.lr"] for trial in open_study().trials]
+    assert rates[:2] == [0.01, 0.02]
+    assert len(set(rates)) == len(rates) == 4
+
+
+def test_draws_depend_on_the_seed_alone_however_often_a_study_is_interrupted(
+    make_plan: MakePlan, search: Search
+) -> None:
+    space = {"optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+
+    def rates(name: str, *trials: int, seed: int = 1) -> list[float]:
+        for number in trials:
+            search(make_plan(space, study={"name": name, "sampler": "random", "trials": number, "seed": seed},
+                             trainer__max_steps=2))  # fmt: skip
+        return [trial.params["optimizer.lr"] for trial in open_study(name).trials]
+
+    whole = rates("a", 4)
+    assert rates("b", 1, 2, 4) == whole
+    assert rates("c", 4, seed=2) != whole
+    assert len(set(whole)) == 4
