@@ -25,7 +25,7 @@ from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedE
 
 if TYPE_CHECKING:
     from elman.config.plan import SearchPlan
-    from elman.search.study import SearchResult
+    from elman.search.answer import SearchResult
     from elman.tracking.store import RunStore, RunSummary
     from elman.training.experiment import RunResult
 
@@ -353,12 +353,27 @@ def runs(arguments: Sequence[str]) -> int:
     else:
         rows = [["run", "name", "status", "started", "val bits/byte", "test bits/byte", "parameters"]]
         rows.extend(
-            [run.id[:12], run.name, run.status, _when(run.started), _figure(run, "best/bits_per_byte"),
+            [run.id[:12], run.name, _status(run), _when(run.started), _figure(run, "best/bits_per_byte"),
              _figure(run, "test/bits_per_byte"), _figure(run, "model/parameters", ",.0f")]
             for run in found
         )  # fmt: skip
         print(table(rows))
+        interrupted = [run for run in found if _status(run) == "interrupted"]
+        if interrupted:
+            print("\ninterrupted, and to be gone on with:")
+        for run in interrupted:
+            print(f"  elman train --resume {run.id}")
     return 0
+
+
+def _status(run: RunSummary) -> str:
+    """MLflow's word, but for a run that nobody trains any more."""
+    if run.status == "RUNNING":
+        from elman.training.lock import is_interrupted
+
+        if is_interrupted(run):
+            return "interrupted"
+    return run.status
 
 
 def _without_children(given: str) -> str:
@@ -370,8 +385,9 @@ def _without_children(given: str) -> str:
 
 
 def _run_json(run: RunSummary) -> dict[str, Any]:
-    return {"id": run.id, "name": run.name, "experiment": run.experiment, "status": run.status, "started": run.started,
-            "ended": run.ended, "params": run.params, "metrics": run.metrics,
+    return {"id": run.id, "name": run.name, "experiment": run.experiment, "status": run.status,
+            "interrupted": _status(run) == "interrupted", "started": run.started, "ended": run.ended,
+            "params": run.params, "metrics": run.metrics,
             "tags": {k: v for k, v in run.tags.items() if not k.startswith("mlflow.")}}  # fmt: skip
 
 

@@ -15,8 +15,9 @@ import pytest
 from elman.config.plan import SearchPlan
 from elman.config.search import SearchConfig
 from elman.config.tree import build
+from elman.search.answer import SearchResult
 from elman.search.pool import Pool, Seat
-from elman.search.study import SearchResult, run_search
+from elman.search.study import run_search
 from elman.search.worker import serve
 from support import tiny
 

@@ -19,7 +19,8 @@ from elman.config.load import load_config
 from elman.config.plan import SearchPlan
 from elman.config.schema import ExperimentConfig
 from elman.errors import DataError, SearchFailedError, SearchSpaceError
-from elman.search.study import SearchResult, run_search
+from elman.search.answer import SearchResult
+from elman.search.study import run_search
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
 from search_support import assert_whole, open_study, running_children

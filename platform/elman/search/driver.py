@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from elman.config.search import SearchConfig
 from elman.config.tree import override
-from elman.errors import ElmanError, SearchFailedError, SearchSpaceError, TrackingError
+from elman.errors import ElmanError, SearchFailedError, TrackingError
 from elman.search.agents import Agents, RemoteSeat
 from elman.search.pool import LAST_WORDS_SECONDS, Pool, Seat
 from elman.search.samplers import build_sampler
 from elman.search.space import Point, Space
+from elman.search.tally import KILLED, ranking, tally
 from elman.search.trial import Job, Outcome, outcome_from, trial_configs
 from elman.tracking.store import RunStore, StoppedError
 from elman.training.callbacks import StopSignals
@@ -41,21 +41,6 @@ TICK_SECONDS = 0.5
 
 AnySeat = Seat | RemoteSeat
 CountParameters = Callable[[Any], int]
-
-
-@dataclass
-class Tally:
-    """Trials by what came of them."""
-
-    complete: int = 0
-    pruned: int = 0
-    failed: int = 0
-    lost: int = 0
-
-    @property
-    def spent(self) -> int:
-        """Trials that the budget counts: those whose worker was killed are not among them."""
-        return self.complete + self.pruned + self.failed
 
 
 @dataclass
@@ -342,7 +327,7 @@ class Driver:
                 if live.run_id is not None:
                     self._end_run(live.run_id)
             else:
-                self._fail(number, "its worker was killed", again=True)
+                self._fail(number, KILLED, again=True)
                 self._note(f"trial {number}: its worker was killed; it is run again")
         deaths = tally(self._trials()).lost
         limit = 10 + (self.config.study.trials or len(self._grid))
@@ -460,46 +445,3 @@ def _constrain(trial: Trial, name: str, violation: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         trial.set_constraint(name, violation)
-
-
-def tally(trials: list[FrozenTrial]) -> Tally:
-    """Count trials by what came of them."""
-    states = Counter(trial.state for trial in trials)
-    failed = sum(bool(trial.user_attrs.get("counts")) for trial in trials if trial.state == TrialState.FAIL)
-    return Tally(
-        complete=states[TrialState.COMPLETE],
-        pruned=states[TrialState.PRUNED],
-        failed=failed,
-        lost=sum(
-            t.user_attrs.get("reason") == "its worker was killed" for t in trials if t.state == TrialState.FAIL
-        ),
-    )
-
-
-def ranking(study: Study) -> list[FrozenTrial]:
-    """Completed trials, the best first by the first metric; equal ones by their number."""
-    sign = 1 if study.directions[0] == optuna.study.StudyDirection.MINIMIZE else -1
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda t: (sign * t.values[0], t.number))
-
-
-def refuse_empty(study: Study) -> None:
-    """Say, once, why a study has no answer.
-
-    Raises:
-        SearchSpaceError: Every trial failed by the user's mistake.
-        SearchFailedError: Every trial failed or was pruned.
-    """
-    trials = study.get_trials(deepcopy=False)
-    if any(trial.state == TrialState.COMPLETE for trial in trials):
-        return
-    reasons = Counter(trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs)
-    if not reasons:
-        raise SearchFailedError("no trial ended within the study's budget: give it more minutes.")
-    reason, times = reasons.most_common(1)[0]
-    message = f"no trial completed; {times} of {sum(reasons.values())} ended so: {reason}"
-    if all(trial.user_attrs.get("is_users") for trial in trials if trial.user_attrs.get("reason") == reason):
-        raise SearchSpaceError(message)
-    raise SearchFailedError(message)
-
-
