@@ -379,10 +379,10 @@ def torture(bench: Bench, case: str, kills: int, draw: random.Random) -> tuple[i
     Returns:
         Kills, trainings that were brought to their end, and what differed.
     """
-    begun = time.monotonic()
     peace = bench.finish(bench.place(), case)
+    begun = time.monotonic()
+    survived, ended, wrong = 0, 0, differences(peace, bench.finish(bench.place(), case))
     length = time.monotonic() - begun
-    survived, ended, wrong = 0, 0, []
     nasty = [*NASTY]
     while survived < kills:
         work = bench.place()
