@@ -11,7 +11,7 @@ BENCHMARKS := $(filter-out harness,$(patsubst tests/benchmarks/%.py,%,$(wildcard
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train search evaluate generate compare remedy runs ui dashboard test check clean
+.PHONY: help setup train search evaluate generate compare remedy runs ui dashboard test torture check clean
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 .PHONY: $(EXPERIMENTS:%=train-%) $(SEARCHES:%=search-%) $(TOURNAMENTS:%=tournament-%)
 
@@ -79,6 +79,9 @@ bench-%: ## one of them: tests/benchmarks/NAME.py
 $(BENCHMARKS:%=bench-%): bench-%: $(STAMP)
 	@mkdir -p build/bench
 	@$(BIN)/python tests/benchmarks/$*.py --json build/bench/$*.json $(ARGS)
+
+torture: $(STAMP) ## kill trainings hundreds of times, and compare what comes of them
+	@$(BIN)/python tests/torture.py $(or $(ARGS),300)
 
 check: $(STAMP) ## lint, types and layers
 	@$(BIN)/ruff check platform tests

@@ -182,7 +182,7 @@ def test_the_one_standard_error_rule_takes_the_smallest_model_that_is_not_worse(
 def test_a_killed_worker_s_trial_is_run_again_once_and_the_count_is_exact(make_plan: MakePlan) -> None:
     plan = make_plan(
         {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}, study={"sampler": "random", "trials": 3},
-        search={"workers": 2}, trainer__max_steps=500,
+        search={"workers": 2}, trainer__max_steps=1000,
     )  # fmt: skip
     killed: list[int] = []
     thread = kill_worker_when(lambda: len(running_children()) >= 1, killed)

@@ -247,9 +247,11 @@ def differences(config: Any) -> dict[str, Any]:
 def signature(config: Any) -> str:
     """Twelve hexadecimal digits that two configurations share when they train the same model.
 
-    The name and where a run is tracked change nothing that is trained, and are left out.
+    The name, where a run is tracked and when its state is written change nothing that is trained:
+    they are left out.
     """
-    flat = {n: v for n, v in flatten(config).items() if n != "name" and not n.startswith("tracking.")}
+    ignored = ("tracking.", "trainer.checkpoint_")
+    flat = {n: v for n, v in flatten(config).items() if n != "name" and not n.startswith(ignored)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -79,10 +79,11 @@ class SystemMetrics:
     Args:
         metrics: Takes the samples.
         first: Seconds before the first, so that a short run has one too.
+        start: Number of the first sample: a run that goes on has some already.
     """
 
-    def __init__(self, metrics: MetricBuffer, first: float = 1.0) -> None:
-        self._metrics, self._first = metrics, first
+    def __init__(self, metrics: MetricBuffer, first: float = 1.0, start: int = 0) -> None:
+        self._metrics, self._first, self._start = metrics, first, start
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
 
@@ -95,9 +96,9 @@ class SystemMetrics:
         self._thread.join()
 
     def _sample(self) -> None:
-        process, step = psutil.Process(), 0
+        process, step = psutil.Process(), self._start
         psutil.cpu_percent()  # the first call only starts the clock
-        while not self._ended.wait(SAMPLE_SECONDS if step else self._first):
+        while not self._ended.wait(SAMPLE_SECONDS if step > self._start else self._first):
             memory = psutil.virtual_memory()
             values = {
                 "system/cpu_utilization_percentage": psutil.cpu_percent(),

@@ -33,10 +33,14 @@ def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, diges
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        with run.store.as_mlflows_own():  # it looks the logged model up on its own account
-            version = client.create_model_version(
-                name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
-            )
+        earlier = client.search_model_versions(f"name='{name}' and run_id='{run.id}'")
+        if earlier:  # a run that was killed after this, and went on
+            version = earlier[0]
+        else:
+            with run.store.as_mlflows_own():  # it looks the logged model up on its own account
+                version = client.create_model_version(
+                    name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
+                )
         holder = client.get_registered_model(name).aliases.get(CHAMPION)
         if holder is not None:
             champion = client.get_model_version(name, holder)

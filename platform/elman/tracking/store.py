@@ -275,6 +275,8 @@ class RunStore:
         experiment_id = self.experiment_id()
         if resume is not None:
             self.client.update_run(resume, status="RUNNING")
+            if "error" in self.client.get_run(resume).data.tags:
+                self.client.delete_tag(resume, "error")
             run = Run(self, resume, experiment_id, name)
         else:
             described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",

@@ -172,7 +172,8 @@ def run_experiment(
                 states, start = resume.states, _go_on(run, resume, corpus, reporter)
             else:  # whoever resumes holds the folder before the run is touched
                 held.enter_context(FolderLock(folder))
-            record = SystemMetrics(run.metrics) if config.tracking.system_metrics else nullcontext()
+            first = 0 if resume is None else _samples_so_far(run)
+            record = SystemMetrics(run.metrics, start=first) if config.tracking.system_metrics else nullcontext()
             with record, _kept_checkpoints(run, states, signals, held):
                 if start is None:
                     _record_inputs(run, corpus)
@@ -232,6 +233,11 @@ def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Repor
     if resume.path is not None:
         reporter.note(f"going on from step {resume.step:,}")
     return resume.path
+
+
+def _samples_so_far(run: Run) -> int:
+    """How often the machine was sampled before the run was interrupted."""
+    return 1 + max((at for at, _ in run.store.history(run.id, "system/cpu_utilization_percentage")), default=-1)
 
 
 def _recorded(run: Run, step: int) -> set[tuple[str, int]]:
