@@ -189,6 +189,7 @@ def _join(name: str, changes: Mapping[str, Any], as_json: bool, reporter: Any) -
 
 
 def _search_report(result: SearchResult, plan: SearchPlan) -> str:
+    from elman.search.answer import best_file
     from elman.training.progress import duration
 
     metrics = plan.config.study.metrics
@@ -210,9 +211,9 @@ def _search_report(result: SearchResult, plan: SearchPlan) -> str:
         f"{counts}; {result.fits} trainings in {duration(result.seconds)} · run {result.run_id}",
         "",
         "next:",
-        f"  elman train --config best.yaml   # an artifact of run {result.run_id[:12]}: the winner's settings",
-        "  elman ui                         # trials, plots, importances",
-        "  elman dashboard                  # the study in optuna-dashboard",
+        f"  elman train --config {os.path.relpath(best_file(result.name))}",
+        "  elman ui          # trials, plots, importances",
+        "  elman dashboard   # the study in optuna-dashboard",
     ]
     if result.retrained:
         lines.insert(-2, f"  elman generate {result.retrained[0].run_id}")

@@ -97,3 +97,10 @@ def postgres() -> Iterator[Any]:
 def thread_pool() -> type[Pool]:
     """What starts workers that are threads."""
     return ThreadPool
+
+
+@pytest.fixture(autouse=True)
+def plots_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a study takes seconds: one test looks at the plots, the others leave them out."""
+    if "test_a_grid_over_folds" not in request.node.name:
+        monkeypatch.setattr("elman.search.report._plots", lambda *given: None)

@@ -16,7 +16,8 @@ import pytest
 
 import elman.search.study
 from elman.cli import main
-from elman.config.load import dump_yaml
+from elman.config.load import dump_yaml, load_config
+from elman.config.schema import ExperimentConfig
 from support import tiny
 
 
@@ -36,9 +37,12 @@ def test_a_search_ends_with_its_answer_and_the_next_commands(
     assert main(["search", "--config", str(search_file), "--trainer.max_steps", "10"]) == 0
     out, err = capsys.readouterr()
     for words in ("trial 1: val/bits_per_byte", "model.hidden_size: 8", "trained again", "test bits/byte",
-                  "2 complete; 2 trainings", "elman train --config best.yaml", "elman dashboard"):  # fmt: skip
+                  "2 complete; 2 trainings", "elman train --config mlruns/searches/widths.yaml",
+                  "elman dashboard"):  # fmt: skip
         assert words in out
     assert "study widths: run" in err
+    best = load_config(ExperimentConfig, Path("mlruns/searches/widths.yaml"))
+    assert (best.model.hidden_size, best.trainer.max_steps) == (8, 10)
     assert main(["search", "--config", str(search_file), "--trainer.max_steps", "10", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["point"] == {"model.hidden_size": 8}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
@@ -27,6 +28,13 @@ from search_support import assert_whole, open_study, running_children
 
 MakePlan = Callable[..., SearchPlan]
 Search = Callable[[SearchPlan], SearchResult]
+
+
+def trials_so_far() -> list[optuna.trial.FrozenTrial]:
+    try:
+        return open_study().get_trials(deepcopy=False)
+    except KeyError:  # the study is not there yet
+        return []
 
 
 def kill_worker_when(ready: Callable[[], bool], killed: list[int]) -> threading.Thread:
@@ -209,7 +217,7 @@ def test_a_stopped_search_goes_on_where_it_was_with_new_draws(make_plan: MakePla
     def stop() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if len([r for r in RunStore().runs() if "trial.number" in r.tags]) >= 2 and running_children():
+            if any(t.state == TrialState.COMPLETE for t in trials_so_far()) and running_children():
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             time.sleep(0.05)
@@ -313,7 +321,7 @@ def test_draws_depend_on_the_seed_alone_however_often_a_study_is_interrupted(
                              trainer__max_steps=2))  # fmt: skip
         return [trial.params["optimizer.lr"] for trial in open_study(name).trials]
 
-    whole = rates("a", 4)
-    assert rates("b", 1, 2, 4) == whole
-    assert rates("c", 4, seed=2) != whole
-    assert len(set(whole)) == 4
+    whole = rates("a", 3)
+    assert rates("b", 1, 3) == whole
+    assert rates("c", 1, seed=2) != whole[:1]
+    assert len(set(whole)) == 3

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
@@ -20,7 +21,7 @@ from elman.search.report import record_study
 from elman.search.space import Space
 from elman.search.tally import ranking, refuse_empty, tally
 from elman.tracking.registry import register
-from elman.tracking.store import Run, RunStore
+from elman.tracking.store import Run, RunStore, local_root
 from elman.training.experiment import RunResult, run_experiment
 from elman.training.progress import Reporter
 
@@ -87,6 +88,9 @@ def conclude(
     outcome = winner.user_attrs["outcome"]
     reporter.stage("drawing the study")
     run.log_text("best.yaml", dump_yaml(experiment))
+    path = best_file(config.study.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_yaml(experiment), encoding="utf-8")
     if len(front) > 1:
         for number in front:
             other = override(space.experiment(point_of(study.trials[number], space)), {"trainer.threads": threads})
@@ -118,6 +122,11 @@ def conclude(
         retrained=retrained,
         seconds=time.monotonic() - begun,
     )
+
+
+def best_file(study: str) -> Path:
+    """Where the winner's settings are, beside the artifact: to be trained at once."""
+    return local_root() / "searches" / f"{study}.yaml"
 
 
 def point_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:

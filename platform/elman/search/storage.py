@@ -55,7 +55,7 @@ def open_storage(url: str | None, note: Callable[[str], None] | None = None) -> 
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
         with _schema_lock(url):
-            inner = _open(url)
+            inner = _open(url, note or log.warning)
     except TrackingError:
         raise
     except Exception as error:  # of sqlalchemy, its drivers, grpc or the operating system
@@ -66,11 +66,11 @@ def open_storage(url: str | None, note: Callable[[str], None] | None = None) -> 
     return patient(inner, note or log.warning)
 
 
-def _open(url: str) -> BaseStorage:
+def _open(url: str, note: Callable[[str], None]) -> BaseStorage:
     if url.startswith("journal:"):
         path = Path(url.removeprefix("journal:"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_journal(path)
+        _mend_journal(path, note)
         return JournalStorage(JournalFileBackend(str(path)))
     if url.startswith("grpc://"):
         return _open_proxy(url)
@@ -117,7 +117,7 @@ def _schema_lock(url: str) -> Iterator[None]:
         yield
 
 
-def _mend_journal(path: Path) -> None:
+def _mend_journal(path: Path, note: Callable[[str], None]) -> None:
     """Cut off what a killed writer left of its last line: Optuna reads no further than that."""
     if not path.exists() or path.stat().st_size == 0:
         return
@@ -125,7 +125,7 @@ def _mend_journal(path: Path) -> None:
         content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):
-            log.warning("%s: its last line was torn by a killed writer, and is cut off.", path)
+            note(f"{path}: its last line was torn by a killed writer, and is cut off")
             file.truncate(whole)
 
 

@@ -42,9 +42,10 @@ def serve(pipe: Connection, tracking: TrackingConfig) -> None:
     """
     from elman.search.storage import PATIENCE_SECONDS
     from elman.search.trial import Job, Outcome, run_trial
-    from elman.tracking.store import RunStore
+    from elman.tracking.store import RunStore, warm
 
-    store = RunStore(tracking, patience=PATIENCE_SECONDS)
+    warm()
+    store: RunStore | None = None
 
     def report(step: int, value: float) -> bool:
         pipe.send(("report", step, value))
@@ -60,6 +61,8 @@ def serve(pipe: Connection, tracking: TrackingConfig) -> None:
             job: Job | None = pipe.recv()
             if job is None:
                 return
+            # Not before: a search that is refused leaves no store behind.
+            store = store or RunStore(tracking, patience=PATIENCE_SECONDS)
             run_trial(job, store, report, settle)
             pipe.send(("free", None))
     except (EOFError, BrokenPipeError, ConnectionResetError):

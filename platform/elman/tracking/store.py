@@ -54,6 +54,11 @@ class StoppedError(Exception):
         self.run_id: str | None = None
 
 
+def warm() -> None:
+    """Import what takes a second, before there is anything to record."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 def without_password(uri: str) -> str:
     """A URI fit to be shown: what stands before the host's @ is cut."""
     return re.sub(r"(://)[^/@\s]*@", r"\1***@", uri)
