@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,17 @@ def load_plan(path: str | Path, flags: Mapping[str, Any] | None = None) -> Searc
         ConfigError: A setting is refused; the line names the file or the flag.
         SearchSpaceError: There is no space, or an enqueued point lies outside it.
     """
-    try:
+    with naming(path, flags or {}):
         return _plan(path, read_yaml(path), dict(flags or {}))
-    except SearchSpaceError:
-        raise
+
+
+@contextmanager
+def naming(path: str | Path, flags: Mapping[str, Any]) -> Iterator[None]:
+    """Put the file's name before an error about a setting, unless a flag gave it or it stands there already."""
+    try:
+        yield
     except ConfigError as error:
-        own = str(error).startswith(str(path)) or any(str(error).startswith(name) for name in flags or {})
+        own = str(error).startswith(str(path)) or any(str(error).startswith(name) for name in flags)
         raise ConfigError(str(error) if own else f"{path}: {error}") from None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elman.config.load import read_settings, read_yaml
-from elman.config.plan import check_keys, flat_space, section
+from elman.config.plan import check_keys, flat_space, naming, section
 from elman.config.schema import ExperimentConfig, check_name, require
 from elman.config.search import Sampler
 from elman.config.tree import build, flatten_mapping, settings
@@ -86,11 +86,8 @@ def load_tournament(path: str | Path, flags: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: Something is refused; the line names the file or the flag.
     """
-    try:
+    with naming(path, flags or {}):
         return _plan(path, read_yaml(path), dict(flags or {}))
-    except ConfigError as error:
-        own = str(error).startswith(str(path)) or any(str(error).startswith(name) for name in flags or {})
-        raise ConfigError(str(error) if own else f"{path}: {error}") from None
 
 
 def _plan(path: str | Path, tree: Mapping[str, Any], given: Mapping[str, Any]) -> TournamentPlan:

@@ -153,11 +153,10 @@ class Driver:
         if self.deadline is not None and time.time() >= self.deadline:
             return False
         trials = self._trials()
-        if any(trial.state == TrialState.WAITING for trial in trials):
-            return self._within(trials)
-        if self._grid:
-            return self._within(trials) and self._next_of_grid(trials) is not None
-        return self._within(trials)
+        if not self._within(trials):
+            return False
+        waits = any(trial.state == TrialState.WAITING for trial in trials)
+        return waits or not self._grid or self._next_of_grid(trials) is not None
 
     def _within(self, trials: list[FrozenTrial]) -> bool:
         wanted = self.config.study.trials

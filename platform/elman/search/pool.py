@@ -14,14 +14,10 @@ from typing import Any
 from elman.config.schema import TrackingConfig
 from elman.search.trial import Job
 from elman.search.worker import work
+from elman.tasks.hardware import cores
 
 LAST_WORDS_SECONDS = 20.0
 """What a worker that is told to stop has for ending its step and its run."""
-
-
-def cores() -> int:
-    """Cores that this process may use: in a container, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @dataclass

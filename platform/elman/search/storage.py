@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from elman.errors import TrackingError
-from elman.tracking.store import local_root, without_password
+from elman.tracking.store import first_line, local_root, without_password
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def open_storage(url: str | None, note: Callable[[str], None] | None = None) -> 
         raise
     except Exception as error:  # of sqlalchemy, its drivers, grpc or the operating system
         raise TrackingError(
-            f"search.storage {without_password(url)} cannot be used ({_first_line(error)}): "
+            f"search.storage {without_password(url)} cannot be used ({first_line(error)[:200]}): "
             "start its server, or name another storage."
         ) from None
     return patient(inner, note or log.warning)
@@ -174,16 +174,12 @@ def close_storage(storage: BaseStorage) -> None:
 
 def _wait(begun: float | None, error: Exception, note: Callable[[str], None]) -> float:
     if begun is None:
-        note(f"the study's storage does not answer; waiting ({_first_line(error)})")
+        note(f"the study's storage does not answer; waiting ({first_line(error)[:200]})")
         begun = time.monotonic()
     if time.monotonic() - begun > PATIENCE_SECONDS:
         raise TrackingError(
-            f"search.storage did not answer for {PATIENCE_SECONDS / 60:.0f} minutes ({_first_line(error)}): "
+            f"search.storage did not answer for {PATIENCE_SECONDS / 60:.0f} minutes ({first_line(error)[:200]}): "
             "once it is back, the same command goes on with the study."
         ) from None
     time.sleep(WAIT_SECONDS)
     return begun
-
-
-def _first_line(error: Exception) -> str:
-    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])[:200]

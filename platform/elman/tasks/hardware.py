@@ -13,11 +13,14 @@ from elman.errors import ConfigError
 Precision = Literal["fp32", "bf16"]
 
 
+def cores() -> int:
+    """Cores that this process may use: in a container, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def set_threads(threads: int | None) -> None:
     """Let torch use that many threads; None, one per core. More of them than cores is ten times slower."""
-    # In a container a process may use fewer cores than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or cores or 1)
+    torch.set_num_threads(threads or cores())
 
 
 def resolve_device(setting: str) -> torch.device:

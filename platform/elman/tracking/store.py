@@ -98,7 +98,7 @@ class PatientClient:
                 except Exception as error:  # of MLflow, its databases' drivers, or the network
                     if not _is_absence(error) or time.monotonic() > deadline:
                         raise
-                    log.info("The tracking store does not answer; waiting (%s).", _first_line(error))
+                    log.info("The tracking store does not answer; waiting (%s).", first_line(error))
                     time.sleep(1.0)
 
         return call
@@ -304,7 +304,7 @@ class RunStore:
             raise
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self.client.set_tag(run.id, "error", _first_line(error))
+            self.client.set_tag(run.id, "error", first_line(error))
             raise
         finally:
             run.flush()
@@ -488,9 +488,10 @@ class Run:
         self.store.client.log_inputs(self.id, inputs)
 
 
-def _first_line(error: BaseException) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return without_password(first_line)[:500]
+def first_line(error: BaseException) -> str:
+    """What an error says, fit to be shown in a line."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_password(line)[:500]
 
 
 def _as_text(value: object) -> str:
