@@ -70,7 +70,7 @@ dashboard: $(STAMP) ## open optuna-dashboard on the studies
 	@$(BIN)/elman dashboard $(ARGS)
 
 test: $(STAMP) ## run the test suite
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(BENCHMARKS:%=bench-%) ## measure speed and memory; figures go to build/bench/*.json
 
