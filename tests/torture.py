@@ -74,7 +74,7 @@ VALIDATION = "elman.tasks.language_modeling:LanguageModeling.validation_step"
 VALIDATED = "elman.tasks.language_modeling:LanguageModeling.on_validation_end"
 WRITE = "elman.training.checkpoint:_Hashing.write"
 SYNC = "elman.training.checkpoint:sync_folder"
-DELIVER = "elman.tracking.buffer:MetricBuffer.flush"
+DELIVER = "elman.tracking.outbox:Outbox.flush"
 SAMPLE = "elman.training.callbacks:Samples.on_validation_end"
 HAND_OVER = "elman.tracking.store:Run.log_file"
 CONCLUDE = "elman.training.experiment:log_model"
@@ -337,7 +337,7 @@ def outcome(work: Path) -> dict[str, Any]:
     [folder] = (work / "mlruns" / "artifacts").glob("*/*/artifacts")
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    del last["resume"]["unsent"], last["callbacks"]["Limits"]["seconds"], last["callbacks"]["Recorder"]["seconds"]
+    del last["callbacks"]["Limits"]["seconds"], last["callbacks"]["Recorder"]["seconds"]
     loops = last["loops"]["fit_loop"]
     parts = ("state_dict", "optimizer_states", "carry", "schedule", "progress", "averaged", "callbacks", "resume",
              "epoch", "global_step")  # fmt: skip

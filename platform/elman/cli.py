@@ -21,7 +21,7 @@ from elman.config.load import Flags, load_config
 from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.config.search import SearchConfig
 from elman.config.tournament import TournamentSettings
-from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError
+from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError, TrackingError
 
 if TYPE_CHECKING:
     from elman.config.plan import SearchPlan
@@ -224,6 +224,33 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def sync(arguments: Sequence[str]) -> int:
+    """Deliver what waits for a tracking store that was away."""
+    flags = _flags("sync")
+    flags.add_settings(TrackingConfig, prefix="tracking.", leaves=("uri",))
+    values, given = flags.parse(arguments)
+    config = flags.build(TrackingConfig, given, prefix="tracking.")
+
+    from elman.tracking.sync import sync as deliver
+
+    result = deliver(config)
+    if values["json"]:
+        _print_json(vars(result))
+    else:
+        for run, count in result.delivered.items():
+            print(f"run {run}: {count:,} records delivered")
+        for run, count in result.refused.items():
+            print(f"run {run}: the store refuses {count:,} records")
+        for run in result.busy:
+            print(f"run {run}: left to the process that has it open")
+        if not (result.delivered or result.waiting or result.busy):
+            print("Nothing waits.")
+    if result.waiting:
+        count = sum(result.waiting.values())
+        raise TrackingError(f"{count:,} records of {len(result.waiting)} runs wait still: {'; '.join(result.reasons)}")
+    return 0
+
+
 def dashboard(arguments: Sequence[str]) -> int:
     """Open optuna-dashboard on the studies."""
     flags = _flags("dashboard")
@@ -364,6 +391,12 @@ def runs(arguments: Sequence[str]) -> int:
             print("\ninterrupted, and to be gone on with:")
         for run in interrupted:
             print(f"  elman train --resume {run.id}")
+    if not values["json"]:
+        from elman.tracking.sync import stranded
+
+        count = stranded()
+        if count:
+            print(f"\n{count} runs have records that wait for their store: `elman sync` delivers them.")
     return 0
 
 
@@ -619,7 +652,7 @@ def ui(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     command.__name__: command
-    for command in (train, search, evaluate, generate, runs, compare, remedy, corpus, settings, ui,
+    for command in (train, search, evaluate, generate, runs, compare, remedy, sync, corpus, settings, ui,
                     dashboard)
 }
 """Every command, declared here alone; its summary is its docstring."""

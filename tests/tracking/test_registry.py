@@ -17,7 +17,7 @@ def store(workplace: Path) -> RunStore:
 def add(store: RunStore, bits: float, digest: str = "d") -> tuple[str, bool]:
     with store.start_run(ExperimentConfig(), "r", {}) as run:
         run.log_text("model/x.txt", "x")
-        return register(run, f"runs:/{run.id}/model", "bard", bits_per_byte=bits, digest=digest)
+    return register(store, run.id, f"runs:/{run.id}/model", "bard", bits_per_byte=bits, digest=digest)
 
 
 def champion(store: RunStore) -> str:

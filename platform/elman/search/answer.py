@@ -173,9 +173,8 @@ def _retrain(
         bits = chosen.metrics.get("test/bits_per_byte", chosen.metrics["val/bits_per_byte"])
         digest = store.find_run(chosen.run_id).tags["corpus.digest"]
         name = config.search.register or config.study.name
-        winner = Run(store, chosen.run_id, run.experiment_id, chosen.name)
-        version, champion = register(winner, chosen.model_uri, name, bits_per_byte=bits, digest=digest)
-        winner.flush()
+        assert chosen.model_uri is not None, "a search waits for its store"
+        version, champion = register(store, chosen.run_id, chosen.model_uri, name, bits_per_byte=bits, digest=digest)
         run.set_tags({"best.run": chosen.run_id, "registered": f"models:/{name}/{version}"})
         reporter.note(f"registered as models:/{name}/{version}" + (" (champion)" if champion else ""))
     study.set_user_attr("retrained", {"what": what, "results": [asdict(result) for result in results]})

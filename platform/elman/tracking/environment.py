@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from elman.tracking.buffer import MetricBuffer
+from elman.tracking.outbox import Outbox
 
 PACKAGES = (
     "elman", "torch", "lightning", "mlflow", "optuna", "datasets", "tokenizers", "numpy", "safetensors",
@@ -82,7 +82,7 @@ class SystemMetrics:
         start: Number of the first sample: a run that goes on has some already.
     """
 
-    def __init__(self, metrics: MetricBuffer, first: float = 1.0, start: int = 0) -> None:
+    def __init__(self, metrics: Outbox, first: float = 1.0, start: int = 0) -> None:
         self._metrics, self._first, self._start = metrics, first, start
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from elman.tracking.buffer import MetricBuffer, Row
+from elman.tracking.outbox import Outbox
 
 
 class RunLogger(Logger):
-    """Sends metrics to the buffer; the run's status is none of its business.
+    """Sends metrics to the outbox; the run's status is none of its business.
 
     Args:
         metrics: The run's.
@@ -21,7 +21,7 @@ class RunLogger(Logger):
         prefix: Goes before every metric's name, where several trainings share a run.
     """
 
-    def __init__(self, metrics: MetricBuffer, name: str, run_id: str, prefix: str = "") -> None:
+    def __init__(self, metrics: Outbox, name: str, run_id: str, prefix: str = "") -> None:
         super().__init__()
         self._metrics, self._name, self._run_id, self._prefix = metrics, name, run_id, prefix
 
@@ -39,9 +39,9 @@ class RunLogger(Logger):
         """Note values at a step."""
         self._metrics.add({self._prefix + name: value for name, value in metrics.items()}, step or 0)
 
-    def unsent(self) -> list[Row]:
-        """What the store has not confirmed; a checkpoint keeps it."""
-        return self._metrics.unsent()
+    def settle(self) -> None:
+        """Write down what was logged: a checkpoint counts on it."""
+        self._metrics.flush()
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run holds every setting before training begins."""

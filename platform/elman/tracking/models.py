@@ -8,37 +8,45 @@ from importlib import metadata
 from pathlib import Path
 
 from elman.errors import ModelError
-from elman.tracking.store import Run, RunStore
+from elman.tracking.store import RunStore
 
 
-def log_pyfunc(
-    run: Run,
+def send_pyfunc(
+    store: RunStore,
+    run_id: str,
+    place: Path,
     *,
     loader_module: str,
-    files: Path,
-    code: Path,
+    package: str,
     example: str,
     parameters: Mapping[str, int | float],
     requirements: Sequence[str],
 ) -> str:
-    """Log a text-to-text model that MLflow can load anywhere; returns its URI.
+    """Log a text-to-text model that MLflow can load anywhere, unless the run has it; returns its URI.
 
     MLflow's own torch formats serve neither: torch.export freezes the sequence length of
     an LSTM, and the other is a pickle.
 
     Args:
-        run: Whose model it is.
-        loader_module: Has _load_pyfunc(path of ``files``).
-        files: Weights and JSON.
-        code: Package folder that holds loader_module, to be packed with them.
+        store: Where to.
+        run_id: Whose model it is.
+        place: Folder with ``files``, weights and JSON, and with the package's code.
+        loader_module: Has _load_pyfunc(path of the files).
+        package: Folder that holds loader_module, to be packed with them.
         example: A prompt.
         parameters: Of predict, with their defaults.
         requirements: Packages that it needs, pinned to the installed versions.
     """
     import mlflow.pyfunc
+    from mlflow.entities import LoggedModelStatus
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    experiment_id = store.client.get_run(run_id).info.experiment_id
+    for earlier in store.client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'"):
+        if earlier.status == LoggedModelStatus.READY:
+            return str(earlier.model_uri)
+        store.client.delete_logged_model(earlier.model_id)  # somebody was killed over it
     # That it checks the example is no news.
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     specs = [
@@ -50,17 +58,17 @@ def log_pyfunc(
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(specs),
     )
-    with run.store.as_mlflows_own():
+    with store.as_mlflows_own():
         # A model goes to the active experiment, whatever its run's is.
-        mlflow.set_experiment(experiment_id=run.experiment_id)
+        mlflow.set_experiment(experiment_id=experiment_id)
         info = Model.log(
             artifact_path=None,
             name="model",
             flavor=mlflow.pyfunc,
-            run_id=run.id,
+            run_id=run_id,
             loader_module=loader_module,
-            data_path=str(files),
-            code_paths=[str(code)],
+            data_path=str(place / "files"),
+            code_paths=[str(place / package)],
             signature=signature,
             input_example=[example],
             # Left to itself MLflow runs the model to guess these.

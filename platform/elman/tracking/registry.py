@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 
 from elman.errors import TrackingError
-from elman.tracking.store import Run
+from elman.tracking.sender import is_refusal
+from elman.tracking.store import RunStore
 
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 
 
-def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, digest: str) -> tuple[str, bool]:
+def register(
+    store: RunStore, run_id: str, model_uri: str, name: str, *, bits_per_byte: float, digest: str
+) -> tuple[str, bool]:
     """Register a run's model, and make it champion where it is the best of its name.
 
     Versions compare by the bits per byte of the test split (of the validation split
@@ -26,20 +29,20 @@ def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, diges
     """
     from mlflow.exceptions import MlflowException
 
-    client = run.store.client
+    client = store.client
     try:
         try:
             client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        earlier = client.search_model_versions(f"name='{name}' and run_id='{run.id}'")
+        earlier = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
         if earlier:  # a run that was killed after this, and went on
             version = earlier[0]
         else:
-            with run.store.as_mlflows_own():  # it looks the logged model up on its own account
+            with store.as_mlflows_own():  # it looks the logged model up on its own account
                 version = client.create_model_version(
-                    name, model_uri, run_id=run.id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
+                    name, model_uri, run_id=run_id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
                 )
         holder = client.get_registered_model(name).aliases.get(CHAMPION)
         if holder is not None:
@@ -54,5 +57,7 @@ def register(run: Run, model_uri: str, name: str, *, bits_per_byte: float, diges
                 return str(version.version), False
         client.set_registered_model_alias(name, CHAMPION, version.version)
     except MlflowException as error:
+        if not is_refusal(error):
+            raise
         raise TrackingError(f"tracking.register {name}: MLflow refuses it ({str(error).splitlines()[0]}).") from None
     return str(version.version), True

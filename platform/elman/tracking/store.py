@@ -1,7 +1,7 @@
 """The MLflow store: where it is, and a run's life in it.
 
 The status of a run is ours to set: FINISHED, FAILED with the error's first line, or
-KILLED where the user stopped it.
+KILLED where the user stopped it. What a run logs goes through its outbox.
 """
 
 from __future__ import annotations
@@ -13,30 +13,37 @@ import logging
 import os
 import re
 import signal
-import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from elman.config.load import dump_yaml
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten, signature
 from elman.errors import TrackingError
-from elman.tracking.buffer import MetricBuffer
+from elman.tracking.outbox import Outbox
+from elman.tracking.run import Run as Run
+from elman.tracking.sender import MARK, STALL_SECONDS, Sender
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # A server that is away is noticed in seconds, not in MLflow's four minutes; nobody is told of our runs.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("PGCONNECT_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 LOCAL_ROOT = "mlruns"
+
+START_SECONDS = 4.0
+"""For which a training waits for a server's first answer; without one it begins, and what it logs waits."""
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +76,24 @@ def local_root() -> Path:
     return Path(LOCAL_ROOT).absolute()
 
 
+def outbox_root() -> Path:
+    """Where the outboxes of runs are."""
+    return local_root() / "outbox"
+
+
+def checkpoint_root() -> Path:
+    """Where the checkpoints of runs are while they train."""
+    return local_root() / "checkpoints"
+
+
 def tracking_uri(config: TrackingConfig) -> str:
     """The URI in force: the setting, else MLFLOW_TRACKING_URI, else sqlite under ./mlruns."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_root() / 'mlflow.db'}"
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri()
+
+
+def local_uri() -> str:
+    """The local store's."""
+    return f"sqlite:///{local_root() / 'mlflow.db'}"
 
 
 class PatientClient:
@@ -104,18 +126,29 @@ class PatientClient:
         return call
 
 
+class StoreAwayError(TrackingError):
+    """Nobody answers where the tracking store should be."""
+
+
 def _is_absence(error: Exception) -> bool:
     """Whether nobody answered, rather than that the answer was no."""
     from mlflow.exceptions import MlflowException
 
+    text = str(error)
+    if "authentication failed" in text:
+        return False
     if isinstance(error, MlflowException):
-        if error.error_code == "TEMPORARILY_UNAVAILABLE":
+        if error.error_code in ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"):
             return True
-        text = str(error)
         return error.error_code == "INTERNAL_ERROR" and any(
             sign in text for sign in ("OperationalError", "API request to", "Connection refused", "server closed")
         )
-    return isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in ("requests", "urllib3")
+    kind = type(error)
+    return (
+        isinstance(error, ConnectionError | json.JSONDecodeError)
+        or kind.__module__.split(".")[0] in ("requests", "urllib3")
+        or kind.__name__ == "OperationalError"
+    )
 
 
 @dataclass(frozen=True)
@@ -133,6 +166,12 @@ class RunSummary:
     metrics: dict[str, float]
     tags: dict[str, str]
 
+    @property
+    def local_id(self) -> str:
+        """What its folders on this machine are called: its mark where the store was away when it began."""
+        mark = self.tags.get(MARK, self.id)
+        return mark if any((root / mark).exists() for root in (outbox_root(), checkpoint_root())) else self.id
+
 
 class RunStore:
     """A tracking store, opened.
@@ -140,18 +179,44 @@ class RunStore:
     Args:
         config: Where it is.
         patience: Seconds for which a call is tried again while nobody answers; the first one never waits.
+        may_be_away: Whether it is all right that nobody answers now: runs can begin, and what they log waits.
 
     Raises:
-        TrackingError: It cannot be reached or written.
+        StoreAwayError: Nobody answers, and that is not all right.
+        TrackingError: It cannot be used or written.
     """
 
-    def __init__(self, config: TrackingConfig | None = None, *, patience: float = 0.0) -> None:
+    def __init__(
+        self, config: TrackingConfig | None = None, *, patience: float = 0.0, may_be_away: bool = False
+    ) -> None:
         self.config = config or TrackingConfig()
         self.uri = tracking_uri(self.config)
-        self.is_local = self.uri == f"sqlite:///{local_root() / 'mlflow.db'}"
-        self.client = self._connect()
-        if patience:
-            self.client = cast("MlflowClient", PatientClient(self.client, patience))
+        self.is_local = self.uri == local_uri()
+        self.is_file = self.uri.startswith("sqlite:")
+        self.patience, self.may_be_away = patience, may_be_away and not self.is_file
+        self.away: str | None = None
+        """Why it was away when a run should have begun."""
+        self._opened: MlflowClient | None = None
+        self._connecting = threading.Lock()
+        if not self.may_be_away:
+            self._opened = self._connect()
+            return
+        try:
+            within(START_SECONDS, lambda: self.client)
+        except (StoreAwayError, TimeoutError) as error:
+            self.away = str(error)
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's.
+
+        Raises:
+            StoreAwayError: Nobody answers.
+        """
+        with self._connecting:
+            if self._opened is None:
+                self._opened = self._connect()
+            return self._opened
 
     def _connect(self) -> MlflowClient:
         # MLflow announces every database migration, and urllib3 every attempt to reach a server: what
@@ -159,18 +224,20 @@ class RunStore:
         for name in ("alembic", "mlflow.store.db.utils", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            if self.is_local:
+            if self.uri.startswith("http"):
+                client = self._client()
+            else:
                 root = local_root()
                 root.mkdir(parents=True, exist_ok=True)
                 # Two processes that create the tables at once crash each other.
                 with (root / ".lock").open("w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    return self._client()
-            return self._client()
+                    client = self._client()
         except OSError as error:
             raise TrackingError(
                 f"{local_root()} cannot be written ({error.strerror}): run where you may write, or set tracking.uri."
             ) from None
+        return cast("MlflowClient", PatientClient(client, self.patience)) if self.patience else client
 
     def _client(self) -> MlflowClient:
         import mlflow
@@ -179,16 +246,17 @@ class RunStore:
         try:
             client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.get_experiment_by_name(self.config.experiment)
-        except OSError:
-            raise
         except Exception as error:
-            if not isinstance(error, MlflowException) and type(error).__module__.split(".")[0] not in (
+            absent = _is_absence(error)
+            if isinstance(error, OSError) and not absent:
+                raise
+            if not absent and not isinstance(error, MlflowException) and type(error).__module__.split(".")[0] not in (
                 "sqlalchemy", "requests", "urllib3",
             ):  # fmt: skip
                 raise
-            raise TrackingError(
-                f"The tracking store {without_password(self.uri)} cannot be used "
-                f"({without_password(str(error)).splitlines()[0][:200]}): "
+            kind = StoreAwayError if absent else TrackingError
+            raise kind(
+                f"The tracking store {without_password(self.uri)} cannot be used ({first_line(error)[:200]}): "
                 "start its server, or set tracking.uri or MLFLOW_TRACKING_URI to another."
             ) from None
         return client
@@ -239,6 +307,20 @@ class RunStore:
                 raise
             return str(found.experiment_id)
 
+    def create_run(self, *, mark: str, name: str, tags: Mapping[str, str], started: int) -> str:
+        """Make a run; returns its id.
+
+        Args:
+            mark: By which it is found again where the answer is lost.
+            name: What the UI calls it.
+            tags: Recorded with it.
+            started: Milliseconds since 1970.
+        """
+        created = self.client.create_run(
+            self.experiment_id(), start_time=started, run_name=name, tags={**tags, MARK: mark}
+        )
+        return str(created.info.run_id)
+
     def start_run(
         self, config: ExperimentConfig, name: str, tags: Mapping[str, str], parent: str | None = None
     ) -> AbstractContextManager[Run]:
@@ -263,7 +345,7 @@ class RunStore:
         *,
         parent: str | None = None,
         files: Mapping[str, str] | None = None,
-        resume: str | None = None,
+        resume: RunSummary | str | None = None,
     ) -> Iterator[Run]:
         """Open a run, or open one again; its end decides the status.
 
@@ -273,30 +355,22 @@ class RunStore:
             tags: Recorded with it.
             parent: Id of the run that it belongs to.
             files: Text artifacts that it begins with.
-            resume: Id of a run to go on with; its params and files stand.
-        """
-        from mlflow.entities import Param
+            resume: A run to go on with; its params and files stand.
 
-        experiment_id = self.experiment_id()
+        Raises:
+            StoreAwayError: The store is away, and may not be.
+            TrackingError: The experiment was deleted, or the outbox cannot be opened.
+        """
         if resume is not None:
-            self.client.update_run(resume, status="RUNNING")
-            if "error" in self.client.get_run(resume).data.tags:
-                self.client.delete_tag(resume, "error")
-            run = Run(self, resume, experiment_id, name)
+            run = self._open_again(name, resume)
         else:
-            described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",
-                         "mlflow.user": getpass.getuser()}  # fmt: skip
-            if parent is not None:
-                described["mlflow.parentRunId"] = parent
-            created = self.client.create_run(experiment_id, run_name=name, tags=described)
-            run = Run(self, created.info.run_id, experiment_id, name)
+            run = self._begin(name, tags, parent)
+            run.set_params({key: without_password(value) for key, value in params.items()})
+            for file, text in (files or {}).items():
+                run.log_text(file, without_password(text))
+        run.sender.start()
         status = "FAILED"
         try:
-            if resume is None:
-                shown = [Param(key, without_password(value)) for key, value in params.items()]
-                self.client.log_batch(run.id, params=shown)
-                for file, text in (files or {}).items():
-                    run.log_text(file, without_password(text))
             yield run
             status = "FINISHED"
         except StoppedError as stop:
@@ -304,11 +378,71 @@ class RunStore:
             raise
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self.client.set_tag(run.id, "error", first_line(error))
+            run.set_tags({"error": first_line(error)})
             raise
         finally:
-            run.flush()
-            self.client.set_terminated(run.id, status=status)
+            run.metrics.put("end", "end", {"status": status, "at": int(time.time() * 1000)})
+            self._end(run)
+
+    def _begin(self, name: str, tags: Mapping[str, str], parent: str | None) -> Run:
+        described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",
+                     "mlflow.user": getpass.getuser()}  # fmt: skip
+        if parent is not None:
+            described["mlflow.parentRunId"] = parent
+        born = {"mark": uuid.uuid4().hex, "name": name, "tags": described, "started": int(time.time() * 1000)}
+        run_id: str | None = None
+        creation: Callable[[], str | None] | None = None
+        if not self.may_be_away:
+            run_id = self.create_run(**born)  # type: ignore[arg-type]  # as written above
+        elif self.away is None:
+            call = Call(lambda: self.create_run(**born))  # type: ignore[arg-type]  # as written above
+            try:
+                run_id = call.result(START_SECONDS)
+            except TimeoutError as error:
+                self.away, creation = str(error), call.late
+            except Exception as error:
+                if not _is_absence(error) and not isinstance(error, StoreAwayError):
+                    raise
+                self.away = first_line(error)
+        outbox = Outbox(outbox_root() / (run_id or str(born["mark"])))
+        outbox.set_fact("born", born)
+        outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
+                                  "experiment": self.config.experiment})  # fmt: skip
+        if run_id is not None:
+            outbox.set_fact("run", run_id)
+        return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation))
+
+    def _open_again(self, name: str, resume: RunSummary | str) -> Run:
+        run_id = resume if isinstance(resume, str) else resume.id
+        local = run_id if isinstance(resume, str) else resume.local_id
+        outbox = Outbox(outbox_root() / local, patience=STALL_SECONDS)
+        if outbox.is_empty and isinstance(resume, RunSummary):
+            for key in resume.metrics:
+                outbox.seed(key, self.history(run_id, key))
+        outbox.forget("end")
+        outbox.set_fact("run", run_id)
+        outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
+                                  "experiment": self.config.experiment})  # fmt: skip
+        outbox.put("status", "status", "RUNNING")
+        outbox.put("untag", "error")
+        return Run(self, run_id, name, outbox, Sender(outbox, self))
+
+    def _end(self, run: Run) -> None:
+        waiting = run.sender.drain(max(self.patience, STALL_SECONDS))
+        run.sender.stop()
+        refused = run.metrics.refused()
+        run.id = str(run.metrics.fact("run") or run.id)
+        run.answers = run.metrics.answers()
+        lost = run.metrics.close(ended=True)
+        if lost:
+            log.warning("warning: %d records of run %s are lost: neither disk nor store took them.", lost, run.id)
+        elif waiting:
+            log.warning(
+                "warning: %d records of run %s wait in %s, because the tracking store does not take them (%s). "
+                "`elman sync` delivers them.", waiting, run.id, run.metrics.folder, run.sender.reason,
+            )  # fmt: skip
+        if refused:
+            log.warning("warning: the tracking store refused %d records of run %s.", refused, run.id)
 
     def children(self, parent: str, *, running: bool = False) -> list[RunSummary]:
         """The runs that belong to a run, the oldest first.
@@ -353,8 +487,14 @@ class RunStore:
             try:
                 return self._summary(self.client.get_run(run_id), {})
             except MlflowException:
-                raise TrackingError(f"There is no run {run_id} in {without_password(self.uri)}.") from None
-        matches = [run for run in self.runs(every_experiment=True) if run.id.startswith(run_id) or run.name == run_id]
+                marked = self.runs(filter_string=f"tags.`{MARK}` = '{run_id}'", every_experiment=True)
+            if marked:
+                return marked[0]
+            raise TrackingError(f"There is no run {run_id} in {without_password(self.uri)}.")
+        matches = [
+            run for run in self.runs(every_experiment=True)
+            if run.id.startswith(run_id) or run.name == run_id or (len(run_id) > 7 and _mark(run).startswith(run_id))
+        ]  # fmt: skip
         if len(matches) == 1 or (matches and all(run.name == run_id for run in matches)):
             return matches[0]  # the newest of a name
         if matches:
@@ -425,67 +565,57 @@ class RunStore:
             ) from None
 
 
-class Run:
-    """A run that is being written."""
+class Call:
+    """A function that runs in a thread of its own, so that nobody need wait for it.
 
-    def __init__(self, store: RunStore, run_id: str, experiment_id: str, name: str) -> None:
-        self.store, self.id, self.experiment_id, self.name = store, run_id, experiment_id, name
-        self.metrics = MetricBuffer(store.client, run_id)
+    Args:
+        function: What to call.
+    """
 
-    def flush(self) -> None:
-        """Deliver every metric that still waits."""
-        self.metrics.close()
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
 
-    def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Tags, in one request."""
-        from mlflow.entities import RunTag
+    def _run(self) -> None:
+        try:
+            self._answer = self._function()
+        except BaseException as error:
+            self._error = error
 
-        self.store.client.log_batch(self.id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+    def result(self, seconds: float | None) -> Any:
+        """Its answer.
 
-    def describe(self, markdown: str) -> None:
-        """What the UI shows as the run's description."""
-        self.set_tags({"mlflow.note.content": markdown})
+        Raises:
+            TimeoutError: It has not come back within so many seconds.
+        """
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._answer
 
-    def log_text(self, name: str, text: str) -> None:
-        """A text artifact; the same name again replaces it."""
-        self.store.client.log_text(self.id, text, name)
+    def late(self) -> Any:
+        """Its answer, whenever it comes; None where it failed."""
+        with suppress(Exception):
+            return self.result(None)
+        return None
 
-    def log_json(self, name: str, value: object) -> None:
-        """A JSON artifact."""
-        self.log_text(name, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        """A file as artifact, under its own name."""
-        self.store.client.log_artifact(self.id, str(path), folder)
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns.
 
-    def log_figure(self, name: str, figure: Any) -> None:
-        """A matplotlib figure as PNG; its name may have a folder."""
-        place = PurePosixPath(name)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / place.name
-            figure.savefig(path, dpi=120, bbox_inches="tight")
-            self.log_file(path, None if place.parent == PurePosixPath() else str(place.parent))
+    Raises:
+        TimeoutError: It takes longer; it goes on by itself.
+    """
+    return Call(function).result(seconds)
 
-    def log_dataset(self, *, name: str, digest: str, source: str, splits: Mapping[str, Mapping[str, object]]) -> None:
-        """The corpus as MLflow inputs: one per split, with its sizes as profile."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = [
-            DatasetInput(
-                # MLflow keeps 36 characters of a digest; the whole one is a tag of the run.
-                Dataset(
-                    name=f"{name}/{split}",
-                    digest=digest[:16],
-                    source_type="text",
-                    source=json.dumps({"source": source}),
-                    schema=json.dumps({"mlflow_colspec": [{"type": "string", "name": "text", "required": True}]}),
-                    profile=json.dumps(dict(profile)),
-                ),
-                tags=[InputTag("mlflow.data.context", split)],
-            )
-            for split, profile in splits.items()
-        ]
-        self.store.client.log_inputs(self.id, inputs)
+def _mark(run: RunSummary) -> str:
+    return run.tags.get(MARK, "")
 
 
 def first_line(error: BaseException) -> str:

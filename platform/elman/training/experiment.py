@@ -25,8 +25,8 @@ from elman.text.tokenizer import Tokenizer
 from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
-from elman.tracking.registry import register
-from elman.tracking.store import Run, RunStore, StoppedError, without_password
+from elman.tracking.run import Run
+from elman.tracking.store import RunStore, StoppedError, without_password
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
 from elman.training.checkpoint import BEST, STATE, States, link
 from elman.training.evaluation import score_test
@@ -52,6 +52,7 @@ class RunResult:
         tokens_per_second: Over the training alone, validation not counted.
         seconds: Wall time of the whole training, with validation.
         sample: Text that the best model wrote.
+        model_uri: None where the store has not taken the model yet, and so with ``registered``.
     """
 
     run_id: str
@@ -61,7 +62,7 @@ class RunResult:
     tokens_per_second: float
     seconds: float
     sample: str
-    model_uri: str
+    model_uri: str | None
     ended_by: str
     registered: str | None
 
@@ -156,23 +157,24 @@ def run_experiment(
         )
     if resume is not None:
         resume.check(corpus, model)
-    store = store or RunStore(config.tracking)
+    store = store or RunStore(config.tracking, may_be_away=True)
     _announce(reporter, config, corpus, model, device, precision)
     with StopSignals() as signals, ExitStack() as held:
         described = {**run_tags(corpus, precision), **(tags or {})}
         if resume is None:
             opened = store.start_run(config, run_name(config, model), described, parent)
         else:
-            opened = store.open_run(resume.run.name, {}, {}, resume=resume.run.id)
+            opened = store.open_run(resume.run.name, {}, {}, resume=resume.run)
         with opened as run:
-            folder = checkpoint_folder(run.id)
-            states, start = States(folder), None
             reporter.note(f"run {run.id} ({run.name})")
+            if store.away is not None:
+                reporter.note(f"warning: {store.away} The training begins; what it logs waits in {run.metrics.folder}.")
+            states, start = States(checkpoint_folder(run.id)), None
             if resume is not None:
                 states, start = resume.states, _go_on(run, resume, corpus, reporter)
             else:  # whoever resumes holds the folder before the run is touched
-                held.enter_context(FolderLock(folder))
-            first = 0 if resume is None else _samples_so_far(run)
+                held.enter_context(FolderLock(states.folder))
+            first = 1 + max((at for at, _ in run.history("system/cpu_utilization_percentage")), default=-1)
             record = SystemMetrics(run.metrics, start=first) if config.tracking.system_metrics else nullcontext()
             with record, _kept_checkpoints(run, states, signals, held):
                 if start is None:
@@ -181,12 +183,13 @@ def run_experiment(
                     logger = RunLogger(run.metrics, run.name, run.id)
                     samples = _samples(config, model, corpus, run)
                     done = fit(
-                        config, corpus, model, logger=logger, folder=folder, signals=signals, reporter=reporter,
+                        config, corpus, model, logger=logger, folder=states.folder, signals=signals, reporter=reporter,
                         watchers=samples, device=device, precision=precision, states=states, start=start,
                     )  # fmt: skip
-                    return _conclude(config, run, corpus, done, reporter, device, precision)
+                    result = _conclude(config, run, corpus, done, reporter, device, precision)
                 finally:
                     reporter.close()
+        return _as_delivered(result, run, config.tracking.register)
 
 
 def resume_experiment(
@@ -229,26 +232,9 @@ def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Repor
         reporter.note(note)
     resume.adopt(corpus)
     run.set_tags(resume.tags())
-    run.metrics.go_on(_recorded(run, resume.step), resume.unsent)
     if resume.path is not None:
         reporter.note(f"going on from step {resume.step:,}")
     return resume.path
-
-
-def _samples_so_far(run: Run) -> int:
-    """How often the machine was sampled before the run was interrupted."""
-    return 1 + max((at for at, _ in run.store.history(run.id, "system/cpu_utilization_percentage")), default=-1)
-
-
-def _recorded(run: Run, step: int) -> set[tuple[str, int]]:
-    """What the run has of the steps that are done again. The machine's figures count their own samples."""
-    history = run.store.history
-    return {
-        (key, at)
-        for key in run.store.find_run(run.id).metrics
-        for at, _ in history(run.id, key)
-        if at >= step or key.startswith("system/")
-    }
 
 
 def run_lengths(config: ExperimentConfig, corpus: PreparedCorpus) -> int | None:
@@ -378,14 +364,11 @@ def _conclude(
     parameters = count_parameters(model)
     run.metrics.add(final_figures(done, parameters["total"]), done.step)
     reporter.stage("recording the model")
-    run.metrics.flush()
     run.log_figure("loss_curves.png", _figure(run))
-    uri = log_model(run, model, corpus.tokenizer, provenance(config, corpus), example=sample[:20])
-    registered = None
+    log_model(run, model, corpus.tokenizer, provenance(config, corpus), example=sample[:20])
     if config.tracking.register is not None:
         bits = metrics.get("test/bits_per_byte", metrics["val/bits_per_byte"])
-        version, is_champion = register(run, uri, config.tracking.register, bits_per_byte=bits, digest=corpus.digest)
-        registered = f"models:/{config.tracking.register}/{version}" + (" (champion)" if is_champion else "")
+        run.register(config.tracking.register, bits_per_byte=bits, digest=corpus.digest)
     run.set_tags({"ended_by": done.ended_by})
     run.describe(_summary(metrics, sample))
     return RunResult(
@@ -396,10 +379,20 @@ def _conclude(
         tokens_per_second=done.tokens_per_second,
         seconds=done.seconds,
         sample=sample,
-        model_uri=uri,
+        model_uri=None,
         ended_by=done.ended_by,
-        registered=registered,
+        registered=None,
     )
+
+
+def _as_delivered(result: RunResult, run: Run, name: str | None) -> RunResult:
+    """Add what the store answered; what it has not taken yet is not known."""
+    answered = run.answers
+    version = answered.get("register")
+    registered = None
+    if version is not None:
+        registered = f"models:/{name}/{version[0]}" + (" (champion)" if version[1] else "")
+    return replace(result, run_id=run.id, model_uri=answered.get("model"), registered=registered)
 
 
 def final_figures(done: Fit, parameters: int) -> dict[str, float]:
@@ -426,8 +419,8 @@ def _kept_checkpoints(run: Run, states: States, signals: StopSignals, held: Exit
         if handed_over or not isinstance(error, StoppedError):
             held.callback(shutil.rmtree, states.folder, ignore_errors=True)
         raise
-    _hand_over(run, states)
-    held.callback(shutil.rmtree, states.folder, ignore_errors=True)
+    if _hand_over(run, states):
+        held.callback(shutil.rmtree, states.folder, ignore_errors=True)
 
 
 def _hand_over(run: Run, states: States) -> bool:
@@ -435,15 +428,12 @@ def _hand_over(run: Run, states: States) -> bool:
     if states.newest is not None:
         last.unlink(missing_ok=True)
         link(states.newest / STATE, last)
-    kept = [path for path in (best, last) if path.exists()]
-    for path in kept:
-        run.log_file(path, "checkpoints")
-    return bool(kept)
+    kept = [run.log_file(path, "checkpoints") for path in (best, last) if path.exists()]
+    return bool(kept) and all(kept)
 
 
 def _figure(run: Run) -> object:
-    history = run.store.history
-    curves = history(run.id, "train/bits_per_byte"), history(run.id, "val/bits_per_byte")
+    curves = run.history("train/bits_per_byte"), run.history("val/bits_per_byte")
     return loss_curves({run.name: curves})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import elman
 from elman.models.language_model import LanguageModel
 from elman.tasks.pyfunc import DEFAULTS
 from elman.text.tokenizer import Tokenizer
-from elman.tracking.models import log_pyfunc
-from elman.tracking.store import Run
+from elman.tracking.run import Run
 
 PACKED = (
     "__init__.py", "errors.py", "config/__init__.py", "config/schema.py", "models", "text/__init__.py",
@@ -40,7 +38,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _pack_code(into: Path) -> Path:
+def _pack_code(into: Path) -> None:
     source, target = Path(elman.__file__).parent, into / "elman"
     for name in PACKED:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,22 +46,17 @@ def _pack_code(into: Path) -> Path:
             shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source / name, target / name)
-    return target
 
 
 def log_model(
     run: Run, model: LanguageModel, tokenizer: Tokenizer, facts: Mapping[str, Any], example: str
-) -> str:
-    """Log the model to its run as an MLflow pyfunc, with its provenance and a prompt as example; returns its URI."""
-    with tempfile.TemporaryDirectory() as name:
-        staging = Path(name)
-        save_model(staging / "files", model, tokenizer, facts)
-        return log_pyfunc(
-            run,
-            loader_module="elman.tasks.pyfunc",
-            files=staging / "files",
-            code=_pack_code(staging),
-            example=example,
-            parameters=DEFAULTS,
-            requirements=REQUIREMENTS,
-        )
+) -> None:
+    """Log the model to its run as an MLflow pyfunc, with its provenance and a prompt as example."""
+
+    def fill(place: Path) -> None:
+        save_model(place / "files", model, tokenizer, facts)
+        _pack_code(place)
+
+    what = {"loader_module": "elman.tasks.pyfunc", "package": "elman", "example": example,
+            "parameters": DEFAULTS, "requirements": REQUIREMENTS}  # fmt: skip
+    run.log_model(what, fill)

@@ -94,12 +94,12 @@ class Keeper(L.Callback):
         """
         assert isinstance(pl_module, LanguageModeling)
         assert isinstance(trainer.logger, RunLogger)
+        trainer.logger.settle()  # what this state has done is not done again, so not logged again
         checkpoint["resume"] = {
             "random": random_state(),
             "validated": self._validated,
             "validation_due": self._validates_now(trainer),
             "grad_norm": pl_module.grad_norm,
-            "unsent": [tuple(row) for row in trainer.logger.unsent()],
         }
         loop = checkpoint["loops"]["fit_loop"]
         progress = loop["epoch_loop.batch_progress"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from elman.errors import TrackingError
-from elman.tracking.store import RunSummary, local_root
+from elman.tracking.store import RunSummary, checkpoint_root
 
 PATIENCE_SECONDS = 0.3
 """A look at the lock holds it for a moment."""
@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 0.3
 
 def checkpoint_folder(run_id: str) -> Path:
     """Where a run's checkpoints are while it trains."""
-    return local_root() / "checkpoints" / run_id
+    return checkpoint_root() / run_id
 
 
 def is_interrupted(run: RunSummary) -> bool:
@@ -29,7 +29,7 @@ def is_interrupted(run: RunSummary) -> bool:
     if run.status != "RUNNING":
         return False
     try:
-        with (checkpoint_folder(run.id) / "lock").open() as file:
+        with (checkpoint_folder(run.local_id) / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False  # it is held, or there is none: a run of another machine, or of a search

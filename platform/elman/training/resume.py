@@ -25,7 +25,6 @@ from elman.config.tree import flatten, override
 from elman.errors import ConfigError, DataError, ModelError, TrackingError
 from elman.models.language_model import LanguageModel
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.buffer import Row
 from elman.tracking.store import RunStore, RunSummary
 from elman.training.checkpoint import BEST, STATE, States, write_whole
 from elman.training.loading import provenance, read_checkpoint
@@ -69,11 +68,6 @@ class Resumption:
     def step(self) -> int:
         """Optimizer steps done."""
         return 0 if self.checkpoint is None else int(self.checkpoint["global_step"])
-
-    @property
-    def unsent(self) -> list[Row]:
-        """Metrics that the store had not taken when the state was written."""
-        return [] if self.checkpoint is None else [Row(*row) for row in self.checkpoint["resume"]["unsent"]]
 
     def check(self, corpus: PreparedCorpus, model: LanguageModel) -> None:
         """Refuse what would not go on with the same training.
@@ -142,7 +136,7 @@ def resumed(
     run = store.find_run(reference)
     if "trial.number" in run.tags:
         raise TrackingError(f"Run {run.id[:12]} is a trial of study {run.tags.get('study.name')}: search again.")
-    folder = checkpoint_folder(run.id)
+    folder = checkpoint_folder(run.local_id)
     trained_here = folder.exists()
     if run.status == "RUNNING" and not trained_here and "train/loss" in run.metrics:
         raise TrackingError(
