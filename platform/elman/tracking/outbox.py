@@ -164,7 +164,7 @@ class Outbox:
         try:
             place = self._new_place()
             fill(place)
-        except OSError as error:
+        except Exception as error:  # whoever writes a file has an error of his own for a full disk
             self._say_full(error)
             self._volatile.append(name)
             self._temporary = self._temporary or tempfile.TemporaryDirectory()

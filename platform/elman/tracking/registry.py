@@ -41,9 +41,11 @@ def register(
             version = earlier[0]
         else:
             with store.as_mlflows_own():  # it looks the logged model up on its own account
+                tags = {"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
                 version = client.create_model_version(
-                    name, model_uri, run_id=run_id, tags={"bits_per_byte": repr(bits_per_byte), "corpus.digest": digest}
-                )
+                    name, model_uri, run_id=run_id, tags=tags,
+                    model_id=model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None,
+                )  # fmt: skip
         holder = client.get_registered_model(name).aliases.get(CHAMPION)
         if holder is not None:
             champion = client.get_model_version(name, holder)

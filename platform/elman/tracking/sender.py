@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import tempfile
 import threading
 import time
@@ -49,6 +50,12 @@ STALL_SECONDS = 5.0
 SLOW_SECONDS = {True: 120.0, False: 7.0}
 """The same, for a request that has not come back; by whether the store is a file on this machine."""
 
+TOO_SLOW_SECONDS = 3.0
+"""For one answer, where many are wanted."""
+
+LEAVE_SECONDS = 0.5
+"""For which an answer is waited for that comes too late."""
+
 REFUSALS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE",
      "NOT_IMPLEMENTED"}
@@ -70,16 +77,24 @@ class Sender:
         outbox: The run's.
         store: Where to; it may be away.
         creation: Makes the run, where an attempt to make it is still under way.
+        reason: Why the store is known to be away.
     """
 
-    def __init__(self, outbox: Outbox, store: RunStore, creation: Callable[[], str | None] | None = None) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        store: RunStore,
+        creation: Callable[[], str | None] | None = None,
+        reason: str | None = None,
+    ) -> None:
         self._outbox, self._store, self._creation = outbox, store, creation
         self._wake, self._closing = threading.Event(), threading.Event()
         self._busy = threading.Lock()
         self._failures: dict[tuple[str, int], int] = {}
         self._begun: float | None = None
+        self._pace = 0.0
         self.succeeded = time.monotonic()
-        self.reason: str | None = None
+        self.reason = reason
         """Why the last attempt failed; None where it did not."""
         self._thread: threading.Thread | None = None
 
@@ -95,10 +110,13 @@ class Sender:
         while True:
             self._wake.wait(pause)
             self._wake.clear()
-            if self._closing.is_set() and self._outbox.waiting() == 0:
+            if self._closing.is_set():
                 return
             was_away = self.reason is not None
-            self.attempt()
+            try:
+                self.attempt()
+            except sqlite3.ProgrammingError:
+                return  # the answer came after the outbox was closed
             if self.reason is None:
                 pause = SEND_SECONDS
                 if was_away:
@@ -109,7 +127,7 @@ class Sender:
                         "warning: the tracking store does not take what is logged (%s): it waits in %s.",
                         self.reason, self._outbox.folder,
                     )  # fmt: skip
-                pause = 1.0 if self._closing.is_set() else min(LONGEST_PAUSE, 2 * pause)
+                pause = min(LONGEST_PAUSE, 2 * pause)
 
     def drain(self, patience: float = STALL_SECONDS) -> int:
         """Deliver what waits, as long as the store takes it; returns what waits still.
@@ -117,26 +135,31 @@ class Sender:
         Args:
             patience: Seconds without success after which to give up where the store is away.
         """
-        begun = time.monotonic()
+        begun = again = time.monotonic()
         while waiting := self._outbox.waiting():
-            self._wake.set()
+            if self.reason is None or time.monotonic() > again:
+                again = time.monotonic() + 1.0
+                self._wake.set()
             time.sleep(0.01)
             idle = time.monotonic() - max(begun, self.succeeded)
             in_hand = self._begun
             if self.reason is not None and idle > patience:
                 break
             slow = max(patience, SLOW_SECONDS[self._store.is_file])
+            if self._pace > TOO_SLOW_SECONDS and time.monotonic() - begun > slow:
+                self.reason = f"it takes {self._pace:.1f} s to answer"
+                break
             if in_hand is not None and min(time.monotonic() - in_hand, idle) > slow:
                 self.reason = self.reason or f"no answer within {slow:g} s"
                 break
         return waiting
 
     def stop(self) -> None:
-        """End the thread once it has nothing to do; one that waits for an answer is left behind."""
+        """End the thread; one that waits for an answer is left behind."""
         self._closing.set()
         self._wake.set()
-        if self._thread is not None and self.reason is None:
-            self._thread.join(STALL_SECONDS)
+        if self._thread is not None:
+            self._thread.join(LEAVE_SECONDS)
 
     # Delivery --------------------------------------------------------------------------------
 
@@ -144,21 +167,24 @@ class Sender:
         """Deliver everything that waits, until the store fails."""
         with self._busy:
             try:
-                run_id = self._step(self._run_id)
-                while self._some_rows(run_id) or self._some_records(run_id):
+                run_id = self._outbox.fact("run") or self._step(self._run_id)
+                while not self._closing.is_set() and (self._some_rows(run_id) or self._some_records(run_id)):
                     pass
                 self.reason = None
+            except sqlite3.ProgrammingError:
+                raise
             except Exception as error:  # whatever a store's absence looks like, the training goes on
-                from elman.tracking.store import first_line
+                from elman.tracking.store import StoreAwayError, in_short
 
-                self.reason = first_line(error)[:200]
+                self.reason = error.reason if isinstance(error, StoreAwayError) else in_short(error)
             finally:
                 self._begun = None
 
     def _step(self, request: Callable[[], Any]) -> Any:
-        self._begun = time.monotonic()
+        begun = self._begun = time.monotonic()
         answer = request()
         self.succeeded = time.monotonic()
+        self._pace = self.succeeded - begun
         self.reason = None
         return answer
 
@@ -196,9 +222,9 @@ class Sender:
             what = f"{items[0].kind} {items[0].name}" if isinstance(items[0], Record) else f"{len(items)} metrics"
             if not self._gives_up(table, numbers[0], error):
                 raise
-            from elman.tracking.store import first_line
+            from elman.tracking.store import in_short
 
-            log.warning("warning: the tracking store refuses %s (%s).", what, first_line(error)[:200])
+            log.warning("warning: the tracking store refuses %s (%s).", what, in_short(error))
             self._outbox.mark(table, numbers, REFUSED)
         else:
             self._outbox.mark(table, numbers, result=answer)
@@ -215,9 +241,6 @@ class Sender:
 
     def _run_id(self) -> str:
         """The run's id in the store, where it is made if it is not there."""
-        known = self._outbox.fact("run")
-        if known is not None:
-            return str(known)
         made = None
         if self._creation is not None:
             made, self._creation = self._creation(), None

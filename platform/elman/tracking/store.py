@@ -127,7 +127,15 @@ class PatientClient:
 
 
 class StoreAwayError(TrackingError):
-    """Nobody answers where the tracking store should be."""
+    """Nobody answers where the tracking store should be.
+
+    Attributes:
+        reason: In a few words.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _is_absence(error: Exception) -> bool:
@@ -204,7 +212,7 @@ class RunStore:
         try:
             within(START_SECONDS, lambda: self.client)
         except (StoreAwayError, TimeoutError) as error:
-            self.away = str(error)
+            self.away = error.reason if isinstance(error, StoreAwayError) else str(error)
 
     @property
     def client(self) -> MlflowClient:
@@ -254,11 +262,11 @@ class RunStore:
                 "sqlalchemy", "requests", "urllib3",
             ):  # fmt: skip
                 raise
-            kind = StoreAwayError if absent else TrackingError
-            raise kind(
-                f"The tracking store {without_password(self.uri)} cannot be used ({first_line(error)[:200]}): "
+            message = (
+                f"The tracking store {without_password(self.uri)} cannot be used ({in_short(error)}): "
                 "start its server, or set tracking.uri or MLFLOW_TRACKING_URI to another."
-            ) from None
+            )
+            raise (StoreAwayError(message, in_short(error)) if absent else TrackingError(message)) from None
         return client
 
     @contextmanager
@@ -403,14 +411,14 @@ class RunStore:
             except Exception as error:
                 if not _is_absence(error) and not isinstance(error, StoreAwayError):
                     raise
-                self.away = first_line(error)
+                self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
         outbox = Outbox(outbox_root() / (run_id or str(born["mark"])))
         outbox.set_fact("born", born)
         outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
                                   "experiment": self.config.experiment})  # fmt: skip
         if run_id is not None:
             outbox.set_fact("run", run_id)
-        return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation))
+        return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation, self.away))
 
     def _open_again(self, name: str, resume: RunSummary | str) -> Run:
         run_id = resume if isinstance(resume, str) else resume.id
@@ -622,6 +630,28 @@ def first_line(error: BaseException) -> str:
     """What an error says, fit to be shown in a line."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return without_password(line)[:500]
+
+
+def in_short(error: BaseException) -> str:
+    """Why a store did not do what it was asked, in a few words where they are known."""
+    text = str(error)
+    for sign, words in _IN_SHORT.items():
+        if sign in text:
+            return words
+    return first_line(error)[:200]
+
+
+_IN_SHORT = {
+    "Connection refused": "connection refused",
+    "timed out": "no answer in time",
+    "Remote end closed": "it closes the connection",
+    "Connection aborted": "it closes the connection",
+    "Connection reset": "it closes the connection",
+    "too many 5": "it answers with errors",
+    "failed with error code 5": "it answers with errors",
+    "Name or service not known": "there is no such host",
+    "database is locked": "another process writes",
+}
 
 
 def _as_text(value: object) -> str:

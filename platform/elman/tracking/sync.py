@@ -129,5 +129,5 @@ def _store(
         try:
             stores[key] = RunStore(place)
         except StoreAwayError as error:
-            stores[key] = str(error)
+            stores[key] = f"{without_password(place.uri or '')}: {error.reason}"
     return stores[key]

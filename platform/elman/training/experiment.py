@@ -168,7 +168,10 @@ def run_experiment(
         with opened as run:
             reporter.note(f"run {run.id} ({run.name})")
             if store.away is not None:
-                reporter.note(f"warning: {store.away} The training begins; what it logs waits in {run.metrics.folder}.")
+                reporter.note(
+                    f"warning: the tracking store {without_password(store.uri)} does not answer ({store.away}): the "
+                    f"training begins, and what it logs waits in {run.metrics.folder}."
+                )
             states, start = States(checkpoint_folder(run.id)), None
             if resume is not None:
                 states, start = resume.states, _go_on(run, resume, corpus, reporter)
