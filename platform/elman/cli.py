@@ -117,6 +117,8 @@ def _report(result: RunResult, config: ExperimentConfig) -> str:
         more.append("make search-NAME" if Path("pipelines/searches").is_dir() else 'make compare RUNS="RUN RUN"')
     else:
         more += ["elman ui", "elman compare RUN RUN"]
+    if result.model_uri is None:
+        more = ["elman sync   # once the tracking store is back", *more]
     registered = [f"registered as {result.registered}"] if result.registered else []
     return "\n".join(
         ["", table(rows), "", facts, *registered, "", f"─── {len(result.sample)} characters of its own ───",

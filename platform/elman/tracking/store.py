@@ -249,8 +249,11 @@ class RunStore:
 
     def _client(self) -> MlflowClient:
         import mlflow
+        import mlflow.store.db.utils
         from mlflow.exceptions import MlflowException
 
+        # A database that is away is seen in a second, not in a hundred; whoever can wait asks again.
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 3
         try:
             client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.get_experiment_by_name(self.config.experiment)
