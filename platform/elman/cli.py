@@ -24,6 +24,7 @@ from elman.config.tournament import TournamentSettings
 from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError, TrackingError
 
 if TYPE_CHECKING:
+    from elman.analysis.finding import Finding
     from elman.config.plan import SearchPlan
     from elman.search.answer import SearchResult
     from elman.tracking.store import RunStore, RunSummary
@@ -626,6 +627,54 @@ def _visible(token: str) -> str:
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Check the installation, the machine and the store, and that a model computes what it should."""
+    flags = _flags("doctor")
+    flags.add_positional("MODEL", "A run id, models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint.", nargs="?")
+    flags.add_option("config", str, "YAML file of settings: a small model of its architecture is examined.")
+    flags.add_settings(ExperimentConfig)
+    values, given = flags.parse(arguments)
+    changes = {name: value for name, value in given.items() if name not in ("config", "json", "MODEL")}
+    if values["MODEL"] is not None:
+        allowed = ("corpus.", "trainer.", "tracking.")
+        stray = "config" if values["config"] else next((n for n in changes if not n.startswith(allowed)), None)
+        if stray is not None:
+            raise ConfigError(f"--{stray} does not go with MODEL, which is examined as it is: leave one out.")
+    config = load_config(ExperimentConfig, values["config"], changes)
+
+    from elman.training.progress import terminal_reporter
+
+    reporter = terminal_reporter()
+    reporter.stage("loading libraries")
+    try:
+        from elman.analysis.doctor import examine
+
+        findings = []
+        for finding in examine(config, values["MODEL"]):
+            findings.append(finding)
+            if not values["json"]:
+                reporter.close()
+                print(_finding_line(finding), flush=True)
+    finally:
+        reporter.close()
+    failed = [finding.name for finding in findings if finding.status == "failure"]
+    warned = sum(finding.status == "warning" for finding in findings)
+    if values["json"]:
+        _print_json({"ok": not failed, "model": values["MODEL"], "config": values["config"], "failures": len(failed),
+                     "warnings": warned, "findings": [vars(finding) for finding in findings]})  # fmt: skip
+    else:
+        warnings = f"{warned} warning{'s' * (warned != 1)}"
+        verdict = f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed"
+        print(f"\n{len(findings)} checks, {warnings}, {verdict}")
+    return 1 if failed else 0
+
+
+def _finding_line(finding: Finding) -> str:
+    sign = {"ok": "✓", "warning": "!", "failure": "✗"}[finding.status]
+    remedy = f"\n{' ' * 20}→ {finding.remedy}" if finding.remedy else ""
+    return f"{sign} {finding.name.ljust(17)} {finding.line}{remedy}"
+
+
 def settings(arguments: Sequence[str]) -> int:
     """Print every setting, its default and what it does."""
     flags = _flags("settings")
@@ -654,8 +703,8 @@ def ui(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     command.__name__: command
-    for command in (train, search, evaluate, generate, runs, compare, remedy, sync, corpus, settings, ui,
-                    dashboard)
+    for command in (train, search, evaluate, generate, runs, compare, remedy, sync, corpus, doctor, settings,
+                    ui, dashboard)
 }
 """Every command, declared here alone; its summary is its docstring."""
 

@@ -1,0 +1,64 @@
+"""Does it learn? A fresh model that knows nothing, and a batch learned by heart."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elman.analysis.finding import Outcome, check, failure, ok
+from elman.analysis.specimen import BATCH, BUG, STEPS, Specimen, exact, listed, without_dropout
+from elman.models.language_model import LanguageModel
+
+FIT_STEPS = 150
+FIT_SHARE = 0.25
+"""A batch is overfitted when its loss is below this share of its start, or below FIT_NATS."""
+
+FIT_NATS = 0.2
+FRESH_NATS = 0.7
+"""By how much a fresh model's loss may be beside log V: its logits begin with a spread below one."""
+
+
+@check("fresh loss")
+def fresh_loss(specimen: Specimen) -> Outcome:
+    """A fresh model knows nothing: its loss is near log V."""
+    model = specimen.model if specimen.is_fresh else LanguageModel.from_architecture(specimen.model.architecture)
+    uniform = math.log(model.vocabulary_size)
+    with torch.no_grad():
+        nats = float(_loss(exact(model), *specimen.batch()))
+    line = f"{nats:.3f} nats untrained, log V is {uniform:.3f}"
+    if not abs(nats - uniform) <= FRESH_NATS:
+        return failure(line, BUG)
+    return ok(line)
+
+
+@check("overfitting")
+def learning(specimen: Specimen) -> Outcome:
+    """Every weight gets a gradient, and one batch can be learned by heart."""
+    model = without_dropout(copy.deepcopy(specimen.model)).train().requires_grad_()
+    inputs_BT, targets_BT = specimen.batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2 if specimen.is_fresh else 3e-3)
+    start = nats = float("nan")
+    for step in range(FIT_STEPS + 1):
+        loss = _loss(model, inputs_BT, targets_BT)
+        nats = float(loss.detach())
+        start = nats if step == 0 else start
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        if step == 0:
+            still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+            if still:
+                return failure(f"no gradient reaches {listed(still)}", BUG)
+        if nats < max(FIT_SHARE * start, FIT_NATS):
+            return ok(f"a batch of {BATCH} × {STEPS} falls from {start:.2f} to {nats:.2f} nats in {step} steps")
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    fall = f"falls only from {start:.2f} to {nats:.2f} nats in {FIT_STEPS} steps"
+    return failure(f"a batch of {BATCH} × {STEPS} {fall}", BUG)
+
+
+def _loss(model: LanguageModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs_BT)[0].flatten(0, 1), targets_BT.flatten())
