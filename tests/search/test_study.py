@@ -193,7 +193,7 @@ def test_a_killed_worker_s_trial_is_run_again_once_and_the_count_is_exact(make_p
         search={"workers": 2}, trainer__max_steps=1000,
     )  # fmt: skip
     killed: list[int] = []
-    thread = kill_worker_when(lambda: len(running_children()) >= 1, killed)
+    thread = kill_worker_when(lambda: len(running_children()) >= 2, killed)
     result = run_search(plan)
     thread.join(1)
     assert killed

@@ -47,7 +47,7 @@ ATTEMPTS = 3
 STALL_SECONDS = 5.0
 """Without success, after which a command that is done waits no longer for a store that is away."""
 
-SLOW_SECONDS = {True: 120.0, False: 7.0}
+SLOW_SECONDS = {True: 120.0, False: 5.0}
 """The same, for a request that has not come back; by whether the store is a file on this machine."""
 
 TOO_SLOW_SECONDS = 3.0
@@ -96,6 +96,8 @@ class Sender:
         self.succeeded = time.monotonic()
         self.reason = reason
         """Why the last attempt failed; None where it did not."""
+        self.verdict: str | None = None
+        """Why ``drain`` gave up; None where it did not."""
         self._thread: threading.Thread | None = None
 
     # The thread ------------------------------------------------------------------------------
@@ -144,13 +146,14 @@ class Sender:
             idle = time.monotonic() - max(begun, self.succeeded)
             in_hand = self._begun
             if self.reason is not None and idle > patience:
+                self.verdict = self.reason
                 break
             slow = max(patience, SLOW_SECONDS[self._store.is_file])
             if self._pace > TOO_SLOW_SECONDS and time.monotonic() - begun > slow:
-                self.reason = f"it takes {self._pace:.1f} s to answer"
+                self.verdict = f"it takes {self._pace:.1f} s to answer"
                 break
             if in_hand is not None and min(time.monotonic() - in_hand, idle) > slow:
-                self.reason = self.reason or f"no answer within {slow:g} s"
+                self.verdict = self.reason or f"no answer within {slow:g} s"
                 break
         return waiting
 

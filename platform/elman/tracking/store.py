@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("PGCONNECT_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is ours
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -450,7 +451,7 @@ class RunStore:
         elif waiting:
             log.warning(
                 "warning: %d records of run %s wait in %s, because the tracking store does not take them (%s). "
-                "`elman sync` delivers them.", waiting, run.id, run.metrics.folder, run.sender.reason,
+                "`elman sync` delivers them.", waiting, run.id, run.metrics.folder, run.sender.verdict,
             )  # fmt: skip
         if refused:
             log.warning("warning: the tracking store refused %d records of run %s.", refused, run.id)

@@ -82,7 +82,7 @@ def sync(config: TrackingConfig) -> SyncResult:
                     sender.start()
                     sender.drain()
                     sender.stop()
-                    reason = sender.reason
+                    reason = sender.verdict
                 else:
                     reason = store
                 if reason is not None and reason not in result.reasons:
