@@ -26,6 +26,7 @@ VARIANTS = [
     {"cell": "rnn", "nonlinearity": "relu", "last_hidden_size": 5, "tie_weights": True},
     {"cell": "lstm", "layer_norm": True, "residual": True, "initial_state": "learned", "last_hidden_size": 6},
     {"cell": "transformer", "embedding_size": 8, "tie_weights": True},
+    {"cell": "gru", "softmax": "adaptive", "cutoffs": (2, 5)},
 ]
 every_variant = pytest.mark.parametrize(
     "settings", VARIANTS, ids=lambda settings: "-".join(str(value) for value in settings.values())

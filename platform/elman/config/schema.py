@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
@@ -160,6 +161,12 @@ class ModelConfig:
     """Attention heads of the transformer."""
     tie_weights: bool = False
     """Share the embedding with the output layer, through a projection where the sizes differ."""
+    softmax: Literal["exact", "adaptive"] = "exact"
+    """Output layer: exact scores every token in full width; adaptive, for words, scores rarer ones
+    in narrower clusters, which is faster at large vocabularies."""
+    cutoffs: tuple[int, ...] = ()
+    """Token ids at which the adaptive softmax's clusters begin, rising; empty takes a sixteenth and
+    a quarter of the vocabulary."""
     residual: bool = False
     """Add each layer's input to its output where the sizes agree (Transformer blocks always do)."""
     layer_norm: bool = False
@@ -213,6 +220,13 @@ class ModelConfig:
                      "0 or null with model.num_layers 1; there is nothing between layers")
         if self.cell == "transformer":
             self._check_transformer()
+        if self.softmax == "adaptive":
+            require(not self.tie_weights, "model.tie_weights", self.tie_weights,
+                     "false with model.softmax adaptive, whose clusters are narrower than the embedding")
+            require(all(a < b for a, b in pairwise((0, *self.cutoffs))), "model.cutoffs", self.cutoffs,
+                     "rising ids above 0")
+        else:
+            require(not self.cutoffs, "model.cutoffs", self.cutoffs, "empty with model.softmax exact")
 
     def _check_transformer(self) -> None:
         if self.parameter_budget is None:
@@ -409,6 +423,11 @@ class ExperimentConfig:
             raise ConfigError(
                 "corpus.streaming needs trainer.max_steps or trainer.max_minutes: "
                 "a stream's length is not known, and the learning rate follows the share of the training done."
+            )
+        if self.model.softmax == "adaptive" and self.corpus.level != "word":
+            raise ConfigError(
+                f"model.softmax adaptive contradicts corpus.level {self.corpus.level}, "
+                "whose tokens are few or not numbered by frequency: choose exact, or corpus.level word."
             )
         if self.data.reset_at_documents and self.model.head == "last_step":
             raise ConfigError(

@@ -27,6 +27,7 @@ def count_parameters(model: LanguageModel) -> dict[str, int]:
         "projection": "projection",
         "output_weight": "output",
         "output_bias": "output",
+        "adaptive": "output",
     }
     for name, parameter in model.named_parameters():
         counts[part_of[name.partition(".")[0]]] += parameter.numel()

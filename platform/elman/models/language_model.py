@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elman.config.schema import RECURRENT_CELLS, ModelConfig
-from elman.errors import ModelError
+from elman.errors import ConfigError, ModelError
 from elman.models.count import count_parameters, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
 from elman.models.fused import Rows
@@ -24,6 +24,7 @@ from elman.models.initialization import (
     initialize_output,
 )
 from elman.models.recurrent import RecurrentStack
+from elman.models.softmax import LARGE_VOCABULARY, AdaptiveSoftmax, default_cutoffs, linear_loss, linear_scores
 from elman.models.state import State, expand, replace_rows
 from elman.models.transformer import TransformerStack
 
@@ -88,7 +89,16 @@ class LanguageModel(nn.Module):
 
         self.projection: nn.Linear | None = None
         self.output_weight: nn.Parameter | None = None
-        if not config.tie_weights:
+        self.adaptive: AdaptiveSoftmax | None = None
+        if config.softmax == "adaptive":
+            cutoffs = config.cutoffs or default_cutoffs(vocabulary_size)
+            if not cutoffs or cutoffs[-1] >= vocabulary_size:
+                raise ConfigError(
+                    f"model.cutoffs must be below the vocabulary of {vocabulary_size}, got {list(cutoffs)}: "
+                    "choose lower ones, or model.softmax exact."
+                )
+            self.adaptive = AdaptiveSoftmax(self.body.output_size, vocabulary_size, cutoffs)
+        elif not config.tie_weights:
             self.output_weight = nn.Parameter(torch.empty(vocabulary_size, self.body.output_size))
             initialize_output(self.output_weight)
         elif self.body.output_size != config.embedding_size:
@@ -106,7 +116,8 @@ class LanguageModel(nn.Module):
     @property
     def architecture(self) -> dict[str, Any]:
         """Everything ``from_architecture`` needs, as plain JSON."""
-        config = asdict(self.config) | {"variational": list(self.config.variational)}
+        config = asdict(self.config)
+        config |= {name: list(config[name]) for name in ("variational", "cutoffs")}
         return {
             "config": config,
             "vocabulary_size": self.vocabulary_size,
@@ -125,7 +136,10 @@ class LanguageModel(nn.Module):
         try:
             sizes = {key: value for key, value in architecture.items() if key != "config"}
             settings = dict(architecture["config"])
-            config = ModelConfig(**settings | {"variational": tuple(settings["variational"])})
+            config = ModelConfig(
+                **settings
+                | {"variational": tuple(settings["variational"]), "cutoffs": tuple(settings.get("cutoffs", ()))}
+            )
             return cls(config, **sizes)
         except (KeyError, TypeError) as error:
             raise ModelError(f"The model's architecture does not fit this version of elman: {error}.") from error
@@ -162,14 +176,39 @@ class LanguageModel(nn.Module):
         return Features(raw_BTH, self.output_dropout(raw_BTH), state)
 
     def project(self, features_H: Tensor) -> Tensor:
-        """Logits (…, V) of features (…, H)."""
+        """Logits (…, V) of features (…, H); with the adaptive softmax they are log-probabilities."""
         if features_H.dim() == 3 and not features_H.is_contiguous():
             # A view of time-major memory, as the compiled kernel leaves: copying it would cost as much as the product.
             return self.project(features_H.transpose(0, 1).contiguous()).transpose(0, 1)
+        if self.adaptive is not None:
+            return self.adaptive.log_probabilities(features_H, self.output_bias)
+        return F.linear(*self._output(features_H))
+
+    @property
+    def scores_in_parts(self) -> bool:
+        """Whether ``loss`` and ``scores`` are to be used instead of whole logits: adaptive, or many tokens."""
+        return self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY
+
+    def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of the targets, summed, in nats, without whole logits; torch's ignore index is skipped."""
+        features_NH, targets_N = _flat(features_BTH, targets_BT)
+        if self.adaptive is not None:
+            return self.adaptive.loss(features_NH, self.output_bias, targets_N)
+        return linear_loss(*self._output(features_NH), targets_N)
+
+    def scores(self, features_BTH: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and how many targets were the likeliest prediction; no gradients."""
+        features_NH, targets_N = _flat(features_BTH, targets_BT)
+        if self.adaptive is not None:
+            return self.adaptive.scores(features_NH, self.output_bias, targets_N)
+        return linear_scores(*self._output(features_NH), targets_N)
+
+    def _output(self, features_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the exact output layer multiplies and adds: features, weight (V, ·) and bias (V,)."""
         if self.projection is not None:
             features_H = F.linear(features_H, self.projection.weight)
         weight = self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight
-        return F.linear(features_H, weight, self.output_bias)
+        return features_H, weight, self.output_bias
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Score the next token at every position.
@@ -204,6 +243,13 @@ class LanguageModel(nn.Module):
         windows_NW = windows_BTW.flatten(0, 1)
         out_NWH, _ = self.body(self._embed(windows_NW), self.body.initial_state(windows_NW.shape[0]))
         return out_NWH[:, -1].unflatten(0, (batch_size, length)), ((stream[:, length:],),)
+
+
+def _flat(features_BTH: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in the order in memory: that of the compiled kernel is time-major, and a copy costs."""
+    if not features_BTH.is_contiguous():
+        features_BTH, targets_BT = features_BTH.transpose(0, 1), targets_BT.t()
+    return features_BTH.flatten(0, 1), targets_BT.flatten()
 
 
 def build_model(

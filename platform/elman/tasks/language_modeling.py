@@ -86,6 +86,13 @@ def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
+def model_loss(model: LanguageModel, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
+    """``summed_loss`` of the features, without whole logits where the vocabulary is large."""
+    if model.scores_in_parts:
+        return model.loss(features_BTH, targets_BT)
+    return summed_loss(model.project(features_BTH), targets_BT)
+
+
 def _at_least_single(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -93,12 +100,12 @@ def _at_least_single(values: Tensor) -> Tensor:
 def score_window(model: LanguageModel, window: Windowed, state: State | None, tally: Tally) -> State:
     """Add one window's loss and accuracy to ``tally``; returns the carry."""
     _, dropped, state = unroll(model, window, state)
-    logits = model.project(dropped)
-    tally.add(
-        summed_loss(logits, window.targets_BT),
-        count_correct(logits, window.targets_BT),
-        (window.targets_BT >= 0).sum(),
-    )
+    if model.scores_in_parts:
+        loss, correct = model.scores(dropped, window.targets_BT)
+    else:
+        logits = model.project(dropped)
+        loss, correct = summed_loss(logits, window.targets_BT), count_correct(logits, window.targets_BT)
+    tally.add(loss, correct, (window.targets_BT >= 0).sum())
     return state
 
 
@@ -171,7 +178,7 @@ class LanguageModeling(L.LightningModule):
         raw, dropped, state = unroll(self.model, window, self._carry)
         self._carry = detach(state)
         tokens = (window.targets_BT >= 0).sum()
-        nats = summed_loss(self.model.project(dropped), window.targets_BT) / tokens
+        nats = model_loss(self.model, dropped, window.targets_BT) / tokens
         self._check_finite(nats)
         loss = nats
         if self.config.activation_regularization:

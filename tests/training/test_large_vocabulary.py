@@ -1,0 +1,39 @@
+"""Large vocabularies through the whole of training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from elman.config.schema import GenerationConfig, TrackingConfig
+from elman.models import language_model
+from elman.tasks.generation import TextGenerator
+from elman.tracking.store import RunStore
+from elman.training.experiment import run_experiment
+from elman.training.loading import load_model
+from support import tiny
+
+
+def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: Path, text_file: Path) -> None:
+    store = RunStore(TrackingConfig())
+    settings = {"corpus__level": "word", "model__softmax": "adaptive", "model__cutoffs": (20, 40)}
+    result = run_experiment(tiny(text_file, trainer__max_steps=6, **settings), store)
+    assert math.isfinite(result.metrics["val/bits_per_byte"])
+    loaded = load_model(result.run_id, store)
+    assert loaded.model.adaptive is not None
+    generator = TextGenerator(loaded.model, loaded.tokenizer)
+    assert generator.complete("", GenerationConfig(length=5))[0].strip()
+    assert generator.beams("", GenerationConfig(length=5, beams=3))[0][1] < 0
+
+
+def test_loss_in_parts_trains_to_the_figures_of_whole_logits(
+    workplace: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision="fp32")
+    whole = run_experiment(config, RunStore(TrackingConfig())).metrics
+    monkeypatch.setattr(language_model, "LARGE_VOCABULARY", 2)
+    parts = run_experiment(config, RunStore(TrackingConfig())).metrics
+    assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-4)
+    assert parts["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)
