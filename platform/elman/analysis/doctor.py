@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
+import torch
+
 from elman.analysis import surroundings
 from elman.analysis.finding import Finding, Outcome, check, failure, ok, warning
 from elman.analysis.soundness import examine_model
 from elman.analysis.specimen import Specimen
 from elman.config.schema import CorpusConfig, ExperimentConfig, ModelConfig
-from elman.errors import ConfigError, DataError
+from elman.errors import ConfigError, DataError, ModelError
 from elman.models.language_model import LanguageModel, build_model
 from elman.tasks.hardware import set_threads
 from elman.text.corpus import open_corpus
 from elman.text.encode import learn_vocabulary
+from elman.text.hub import OFFLINE_CHOICES
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedSplit
 from elman.text.streams import Stream
@@ -61,7 +64,11 @@ def examine(config: ExperimentConfig, reference: str | None = None) -> Iterator[
 
 
 def _load(reference: str, config: ExperimentConfig) -> LoadedModel:
-    return load_model(reference, RunStore(config.tracking) if needs_store(reference) else None)
+    if not needs_store(reference):
+        return load_model(reference)
+    if surroundings.is_unmade(config.tracking):  # to look there would make it
+        raise ModelError(f"There is no model {reference}, for nothing is recorded here yet: `elman train` does.")
+    return load_model(reference, RunStore(config.tracking))
 
 
 def _surroundings(config: ExperimentConfig) -> Iterator[Finding]:
@@ -82,12 +89,15 @@ def _configured(config: ExperimentConfig) -> Iterator[Finding]:
     corpus = config.corpus
     finding = readable(config)
     yield finding
-    if finding.status == "failure":  # the model can be examined all the same
+    if finding.status != "ok":  # the model can be examined all the same
         corpus = CorpusConfig(level=corpus.level, vocabulary_size=corpus.vocabulary_size, min_count=corpus.min_count)
     sample = _sample(corpus)
     tokenizer, _ = learn_vocabulary(corpus, sample, lambda _: None)
     complete = corpus.vocabulary_size is None and corpus.min_count == 1
-    yield from examine_model(Specimen(small_model(config.model, tokenizer), tokenizer, _text(sample), True, complete))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = small_model(config.model, tokenizer)
+    yield from examine_model(Specimen(model, tokenizer, _text(sample), True, complete))
 
 
 @check("corpus")
@@ -105,7 +115,10 @@ def readable(config: ExperimentConfig) -> Outcome:
             assert isinstance(train, PreparedSplit)
             return ok(f"{corpus.name}: {train.characters:,} characters to train on, {train.tokens:,} tokens")
     except (DataError, ConfigError) as error:
-        return failure(str(error), "the model is examined on text of bible-asv instead.")
+        instead = "the model is examined on text of bible-asv instead."
+        if OFFLINE_CHOICES in str(error):  # to be without a network is a normal way to work
+            return warning(str(error).replace(f" {OFFLINE_CHOICES}", ""), f"{OFFLINE_CHOICES} Meanwhile, {instead}")
+        return failure(str(error), f"mend corpus.name or the text; {instead}")
     return ok(f"{corpus.name}: its first {len(text):,} characters can be read")
 
 

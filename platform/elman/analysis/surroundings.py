@@ -167,8 +167,7 @@ def store(tracking: TrackingConfig) -> Outcome:
     """Whether the store answers within seconds and can be written: a tag is set, read and removed."""
     uri = tracking_uri(tracking)
     shown = without_password(uri)
-    database = uri.removeprefix("sqlite:///").partition("?")[0]
-    if uri.startswith("sqlite:///") and not database.startswith("file:") and not Path(database).exists():
+    if is_unmade(tracking):
         return ok(f"{shown}: not there yet; the first run makes it")
     warm()
     remedy = "start its server, or set tracking.uri or MLFLOW_TRACKING_URI to another."
@@ -182,6 +181,13 @@ def store(tracking: TrackingConfig) -> Outcome:
     except Exception as error:  # of MLflow or its databases' drivers
         return failure(f"{shown}: cannot be written ({in_short(error)})", "make it writable, or set another.")
     return ok(f"{shown}: written and read")
+
+
+def is_unmade(tracking: TrackingConfig) -> bool:
+    """Whether the store is a database file that nobody has made yet."""
+    uri = tracking_uri(tracking)
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return uri.startswith("sqlite:///") and not path.startswith("file:") and not Path(path).exists()
 
 
 def _write_and_remove(tracking: TrackingConfig) -> None:
