@@ -240,6 +240,7 @@ def hub() -> Outcome:
     try:
         within(HUB_SECONDS, lambda: _knock(address))  # a name that is looked up knows no time limit of its own
     except urllib.error.HTTPError as error:
+        error.close()
         return warning(f"{address} answers {error.code} {error.reason}", remedy)
     except (OSError, ValueError) as error:  # TimeoutError is one of them
         reason = getattr(error, "reason", error)
