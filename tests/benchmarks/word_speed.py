@@ -107,7 +107,7 @@ def main() -> None:
         windows.append(Window(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), None, False))
     peak = matrix_rate(torch.bfloat16)
     print(environment())
-    print(f"bfloat16 products: {peak / 1e9:.0f} Gflop/s at best; {options.optimizer}, {options.vocabulary_size:,} words")
+    print(f"bfloat16 products: {peak / 1e9:.0f} Gflop/s at best; {options.optimizer}")
     names = ("bare", "autocast", "exact", "adaptive")
     print(f"{'hidden':>6} {'layers':>6}" + "".join(f" {name:>9}" for name in names), "  exact and adaptive over bare")
     results = []
@@ -128,7 +128,7 @@ def main() -> None:
                 "optimizer": options.optimizer, "tokens_per_second": tokens, "speedup": gains, "matrix_rate": peak,
             })  # fmt: skip
             figures = "".join(f" {tokens[name]:9,.0f}" for name in names)
-            spread = "  ".join(f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})" for gain in gains.values())
+            spread = "  ".join(f"{g['median']:.2f} ({g['low']:.2f}–{g['high']:.2f})" for g in gains.values())
             print(f"{hidden_size:6} {num_layers:6}{figures}   {spread}", flush=True)
     write_json(options.json, results)
 
