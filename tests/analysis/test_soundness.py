@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_weights": True, "embedding_size": 256},
     "awd": AWD,
     "awd gru": AWD | {"cell": "gru"},
+    "adaptive": {"softmax": "adaptive", "cutoffs": (5, 10_000), "dropout": 0.3},
     "tied transformer": {"cell": "transformer", "tie_weights": True},
 }  # fmt: skip
 

@@ -148,6 +148,7 @@ def small_model(config: ModelConfig, tokenizer: Tokenizer) -> LanguageModel:
         parameter_budget=None,
         num_layers=min(config.num_layers, LAYERS),
         max_sequence_length=min(config.max_sequence_length, CONTEXT),
+        cutoffs=tuple(first for first in config.cutoffs if first < tokenizer.vocabulary_size),
     )
     sizes = {"vocabulary_size": tokenizer.vocabulary_size, "num_inputs": tokenizer.num_inputs}
     return build_model(small, **sizes, start_id=tokenizer.start_id, context_length=CONTEXT)

@@ -26,13 +26,19 @@ FRESH_NATS = 0.7
 @check("fresh loss")
 def fresh_loss(specimen: Specimen) -> Outcome:
     """A fresh model knows nothing: near the start of a window its loss is near log V."""
-    model = specimen.model if specimen.is_fresh else LanguageModel.from_architecture(specimen.model.architecture)
-    uniform = math.log(model.vocabulary_size)
+    model = exact(
+        specimen.model if specimen.is_fresh else LanguageModel.from_architecture(specimen.model.architecture)
+    )
+    # Few steps: the state of a relu rnn grows with them, by its identity.
+    inputs_BT, targets_BT = (tokens.view(-1, FRESH_STEPS) for tokens in specimen.batch())
     with torch.no_grad():
-        # Few steps: the state of a relu rnn grows with them, by its identity.
-        inputs_BT, targets_BT = (tokens.view(-1, FRESH_STEPS) for tokens in specimen.batch())
-        nats = float(_loss(exact(model), inputs_BT, targets_BT))
-    line = f"{nats:.3f} nats untrained, log V is {uniform:.3f}"
+        nats = float(_loss(model, inputs_BT, targets_BT))
+        uniform, said = math.log(model.vocabulary_size), "log V"
+        if model.adaptive is not None:  # its clusters are equally likely at first, and so are the tokens within
+            model.output_bias.zero_()
+            nothing_BTH = torch.zeros(*inputs_BT.shape, model.body.output_size, dtype=torch.float64)
+            uniform, said = float(model.loss(nothing_BTH, targets_BT)) / targets_BT.numel(), "no preference"
+    line = f"{nats:.3f} nats untrained, {said} is {uniform:.3f}"
     if not abs(nats - uniform) <= FRESH_NATS:
         return failure(line, "look at models/initialization.py: training begins from a wrong certainty.")
     return ok(line)
