@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from elman.analysis.doctor import small_model
 from elman.analysis.finding import Finding
 from elman.analysis.kernels import kernels
-from elman.analysis.learning import fresh_loss, learning
+from elman.analysis.learning import fresh_loss, learning, loss
 from elman.analysis.masks import evaluation, masks
 from elman.analysis.soundness import carry, causality, examine_model, round_trip, storage, weights
 from elman.analysis.specimen import Specimen
@@ -81,7 +81,7 @@ def assert_found(check: Callable[[Specimen], Finding], subject: Specimen, words:
 def test_a_sound_model_passes_every_check(kind: str) -> None:
     findings = list(examine_model(specimen(**KINDS[kind])))
     assert [finding for finding in findings if finding.status != "ok"] == []
-    assert len({finding.name for finding in findings}) == len(findings) == 10
+    assert len({finding.name for finding in findings}) == len(findings) == 11
 
 
 def test_an_examination_leaves_model_and_random_numbers_as_they_were() -> None:
@@ -347,6 +347,21 @@ class Leaky(LanguageModel):
 
     def project(self, features_H: Tensor) -> Tensor:
         return super().project(1e-6 * features_H)
+
+
+class Biased(LanguageModel):
+    """Its loss forgets the last token of the vocabulary."""
+
+    def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
+        logits_BTV = self.project(features_BTH)
+        logits_BTV[..., -1] = -1e9
+        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def test_a_loss_that_is_not_the_logits_own_is_found() -> None:
+    subject = specimen()
+    subject.model.__class__ = Biased
+    assert_found(loss, subject, "from the logits")
 
 
 @pytest.mark.parametrize("kind", ["rnn", "lstm", "transformer", "last_step"])

@@ -1,4 +1,4 @@
-"""Does it learn? A fresh model that knows nothing, and a batch learned by heart."""
+"""Does it learn? Its loss, a fresh model that knows nothing, and a batch learned by heart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elman.analysis.finding import Outcome, check, failure, ok
-from elman.analysis.specimen import BATCH, BUG, STEPS, Specimen, exact, listed, without_dropout
+from elman.analysis.specimen import BATCH, BUG, EXACT, STEPS, Specimen, distance, exact, listed, without_dropout
 from elman.models.language_model import LanguageModel
 
 FIT_STEPS = 150
@@ -21,6 +21,20 @@ FIT_NATS = 0.2
 FRESH_STEPS = 4
 FRESH_NATS = 0.7
 """By how much a fresh model's loss may be beside log V: its logits begin with a spread below one."""
+
+
+@check("loss")
+def loss(specimen: Specimen) -> Outcome:
+    """The loss that is computed in parts is the cross-entropy of the logits."""
+    model = exact(specimen.model)
+    inputs_BT, targets_BT = specimen.batch()
+    with torch.no_grad():
+        features_BTH = model.features(inputs_BT).dropped_BTH
+        found = model.loss(features_BTH, targets_BT) / targets_BT.numel()
+        expected = F.cross_entropy(model.project(features_BTH).flatten(0, 1), targets_BT.flatten())
+    if not distance(found, expected) <= EXACT:
+        return failure(f"{float(found):.6f} nats in parts, {float(expected):.6f} from the logits", BUG)
+    return ok("in parts equal to the cross-entropy of the logits")
 
 
 @check("fresh loss")

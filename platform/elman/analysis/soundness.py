@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elman.analysis.finding import Finding, Outcome, check, failure, ok
 from elman.analysis.kernels import kernels
-from elman.analysis.learning import fresh_loss, learning
+from elman.analysis.learning import fresh_loss, learning, loss
 from elman.analysis.masks import evaluation, masks
 from elman.analysis.specimen import BATCH, BUG, EXACT, STEPS, Specimen, distance, exact, listed, random_tokens
 from elman.models.language_model import LanguageModel
@@ -28,7 +28,7 @@ from elman.text.tokenizer import UNKNOWN, split_words
 def examine_model(specimen: Specimen) -> Iterator[Finding]:
     """Every check in turn; the random numbers of the caller stay as they are."""
     checks: tuple[Callable[[Specimen], Finding], ...] = (
-        round_trip, weights, causality, carry, kernels, storage, evaluation, masks, fresh_loss, learning,
+        round_trip, weights, causality, carry, kernels, storage, evaluation, masks, loss, fresh_loss, learning,
     )  # fmt: skip
     for examine in checks:
         with torch.random.fork_rng():
