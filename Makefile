@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 EXPERIMENTS := $(patsubst pipelines/experiments/%.yaml,%,$(wildcard pipelines/experiments/*.yaml))
 SEARCHES := $(patsubst pipelines/searches/%.yaml,%,$(wildcard pipelines/searches/*.yaml))
 TOURNAMENTS := $(patsubst pipelines/tournaments/%.yaml,%,$(wildcard pipelines/tournaments/*.yaml))
@@ -11,7 +12,7 @@ BENCHMARKS := $(filter-out harness,$(patsubst tests/benchmarks/%.py,%,$(wildcard
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train search evaluate generate compare remedy runs ui dashboard test torture check clean
+.PHONY: help setup lock doctor train search evaluate generate compare remedy runs ui dashboard test torture check clean
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 .PHONY: $(EXPERIMENTS:%=train-%) $(SEARCHES:%=search-%) $(TOURNAMENTS:%=tournament-%)
 
@@ -24,10 +25,19 @@ help: ## list the targets
 
 setup: $(STAMP) ## install everything into .venv, at the pinned versions
 
-$(STAMP): pyproject.toml platform/constraints.txt
+$(STAMP): pyproject.toml platform/constraints.txt platform/cpu.txt platform/cuda.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint platform/constraints.txt --editable '.[dev]'
+	@$(PIP) --require-hashes --requirement platform/cpu.txt 2>/dev/null || true  # else the index's build
+	$(PIP) --require-hashes --requirement platform/constraints.txt
+	@$(BIN)/pip freeze | grep '^torch==.*+cpu' >/dev/null || $(PIP) --require-hashes --requirement platform/cuda.txt
+	$(PIP) --no-build-isolation --editable .
 	@touch $@
+
+lock: $(STAMP) ## pin what pyproject.toml asks for, with the digests of its files; versions in the lock stay
+	@$(BIN)/python platform/lock.py
+
+doctor: $(STAMP) ## is all well here, and does the model compute what it should? (ARGS="--config FILE" or a MODEL)
+	@$(BIN)/elman doctor $(ARGS)
 
 train: train-default ## train the default experiment (ARGS="--model.hidden_size 512" changes settings)
 
