@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elman.config.schema import ModelConfig, OptimizerConfig
 from elman.models.language_model import build_model
-from elman.tasks.optimizers import NTASGD, build_optimizer, parameter_groups
+from elman.tasks import optimizers
+from elman.tasks.optimizers import NTASGD, build_optimizer, clip_gradients, parameter_groups
 
 
 def model(**settings: Any) -> nn.Module:
@@ -101,3 +102,38 @@ def test_the_trigger_and_the_average_survive_a_checkpoint() -> None:
         optimizer.swap()
     assert torch.equal(weight, other)
     assert second.averaged_steps == first.averaged_steps == 2
+
+
+def test_sgd_moves_only_the_rows_of_a_large_embedding_that_occurred_and_as_the_dense_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(large: int) -> tuple[list[Tensor], list[float], bool]:
+        monkeypatch.setattr(optimizers, "LARGE_VOCABULARY", large)
+        torch.manual_seed(0)
+        network = model().double()
+        optimizer = build_optimizer(network, OptimizerConfig(name="sgd", lr=0.01, weight_decay=0.1))
+        tokens_BT = torch.tensor([[3, 1, 3, 3]])
+        norms, is_sparse = [], False
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):  # as accumulated windows are
+                network(tokens_BT)[0].pow(2).sum().backward()
+            is_sparse = network.embedding.weight.grad.is_sparse
+            norms.append(clip_gradients(network.parameters(), 0.2).item())
+            optimizer.step()
+        return [p.detach() for p in network.parameters()], norms, is_sparse
+
+    dense, sparse = trained(10**6), trained(2)
+    assert (dense[2], sparse[2]) == (False, True)
+    torch.testing.assert_close(sparse[:2], dense[:2], rtol=0, atol=1e-10)
+
+
+RULES = [{"name": "adamw"}, {"name": "sgd", "momentum": 0.9}, {"name": "nt_asgd"}]
+
+
+@pytest.mark.parametrize("settings", RULES, ids=str)
+def test_rules_with_a_memory_keep_the_dense_gradient(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "LARGE_VOCABULARY", 2)
+    network = model()
+    build_optimizer(network, OptimizerConfig(**settings))
+    assert not network.embedding.sparse

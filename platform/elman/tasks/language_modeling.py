@@ -21,7 +21,7 @@ from elman.models.language_model import LanguageModel
 from elman.models.state import State, detach
 from elman.tasks.hardware import Precision, autocast
 from elman.tasks.metrics import Bits, Scores, Tally, count_correct
-from elman.tasks.optimizers import NTASGD, build_optimizer
+from elman.tasks.optimizers import NTASGD, build_optimizer, clip_gradients
 from elman.tasks.schedule import Schedule
 
 REMEDIES = "lower optimizer.lr, lower optimizer.max_grad_norm, or set trainer.precision fp32"
@@ -219,10 +219,7 @@ class LanguageModeling(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to the global norm, and keep the norm: it is the first thing to look at when training fails."""
-        ceiling = self.config.max_grad_norm
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), float("inf") if ceiling is None else ceiling, foreach=True
-        )
+        self.grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.trainer.optimizers[0]

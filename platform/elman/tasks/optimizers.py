@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elman.config.schema import OptimizerConfig
+from elman.models.language_model import LanguageModel
+from elman.models.softmax import LARGE_VOCABULARY
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,6 +29,38 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     spared = [p for name, p in parameters if not decays(name, p)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def clip_gradients(parameters: Iterable[Tensor], ceiling: float | None) -> Tensor:
+    """Scale the gradients down to a global L2 norm of ``ceiling``; returns the norm before.
+
+    As torch's clip_grad_norm_, which cannot take sparse gradients with its fast loops.
+    """
+    limit = float("inf") if ceiling is None else ceiling
+    parameters = [p for p in parameters if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not any(grad.is_sparse for grad in grads):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()  # a row that occurs twice counts by its sum
+    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _sparse_embedding(model: nn.Module, config: OptimizerConfig) -> nn.Parameter | None:
+    """The embedding whose gradient is to hold only the rows of the window's tokens; None where it is dense.
+
+    Of tens of thousands of rows a window has hundreds, and plain SGD leaves the others where they
+    are. Whatever keeps a memory for each weight moves them all.
+    """
+    if not isinstance(model, LanguageModel):
+        return None
+    forgets = config.name == "sgd" and not config.momentum
+    model.embedding.sparse = forgets and not model.config.tie_weights and model.num_inputs >= LARGE_VOCABULARY
+    return model.embedding.weight if model.embedding.sparse else None
 
 
 class NTASGD(torch.optim.SGD):
@@ -102,6 +137,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = parameter_groups(model, config.weight_decay)
     # One kernel for all parameters instead of a loop over them.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
+    sparse = _sparse_embedding(model, config)
+    if sparse is not None:  # which torch's fused kernels do not take
+        groups = [group | {"params": [p for p in group["params"] if p is not sparse]} for group in groups]
+        groups.append({"params": [sparse], "weight_decay": 0.0, "fused": False})
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.name == "nt_asgd":
