@@ -12,7 +12,7 @@ BENCHMARKS := $(filter-out harness,$(patsubst tests/benchmarks/%.py,%,$(wildcard
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock doctor train search evaluate generate compare remedy runs ui dashboard test torture check clean
+.PHONY: help setup lock doctor train search evaluate generate compare remedy runs ui team-server dashboard test torture check clean
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 .PHONY: $(EXPERIMENTS:%=train-%) $(SEARCHES:%=search-%) $(TOURNAMENTS:%=tournament-%)
 
@@ -75,6 +75,9 @@ runs: $(STAMP) ## list the recorded runs
 
 ui: $(STAMP) ## open the MLflow UI on the local store
 	@$(BIN)/elman ui $(ARGS)
+
+team-server: $(STAMP) ## the same for a team, with passwords: the admin's is in MLFLOW_AUTH_ADMIN_PASSWORD
+	@$(BIN)/elman ui --team $(ARGS)
 
 dashboard: $(STAMP) ## open optuna-dashboard on the studies
 	@$(BIN)/elman dashboard $(ARGS)

@@ -694,11 +694,15 @@ def ui(arguments: Sequence[str]) -> int:
     """Open the MLflow UI on the local store."""
     flags = _flags("ui")
     flags.add_option("port", int, "Port on 127.0.0.1.", 5000)
+    flags.add_option("team", bool, "Ask for passwords: the admin's is MLFLOW_AUTH_ADMIN_PASSWORD, without default.")
     values, _ = flags.parse(arguments)
 
     from elman.tracking.server import serve
 
-    return serve(values["port"], ready=lambda address: print(f"MLflow UI: {address} (Ctrl-C ends it)", flush=True))
+    return serve(
+        values["port"], team=values["team"],
+        ready=lambda address: print(f"MLflow UI: {address} (Ctrl-C ends it)", flush=True),
+    )  # fmt: skip
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -1,8 +1,9 @@
-"""The MLflow UI on the local store, for this machine alone."""
+"""The MLflow UI on the local store: for this machine alone, or for a team, with passwords."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 
 from elman.config.schema import TrackingConfig
 from elman.errors import TrackingError
@@ -17,6 +19,8 @@ from elman.tracking.store import RunStore, local_root
 
 HOST = "127.0.0.1"
 START_SECONDS = 120
+PASSWORD, SECRET = "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"
+SHORTEST_PASSWORD = 12
 
 
 def _is_free(port: int) -> bool:
@@ -29,25 +33,54 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def serve(port: int, ready: Callable[[str], None]) -> int:
+def serve(port: int, ready: Callable[[str], None], *, team: bool = False) -> int:
     """Serve until interrupted; ``ready`` is told the address once it answers.
 
     One worker and no job runner: a default server starts fifteen processes for one reader.
 
+    Args:
+        port: On this machine's own address. Others come to it through a proxy that speaks TLS or
+            through ssh, for passwords would cross the network in the clear.
+        ready: See above.
+        team: Ask everyone for a password, and pass the artifacts through, for those who
+            do not share this disk.
+
     Raises:
-        TrackingError: The port is taken, or the server does not come up.
+        TrackingError: The port is taken, no password is given to a team's server, or it does not come up.
     """
     refuse_port(port)
+    extra, environment = _team() if team else ([*_ARTIFACTS_DIRECTLY, str(local_root() / "artifacts")], {})
     uri = f"sqlite:///{local_root() / 'mlflow.db'}"
     RunStore(TrackingConfig(uri=uri))  # the tables exist before the server looks
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--no-serve-artifacts",
-        "--default-artifact-root", str(local_root() / "artifacts"), "--host", HOST, "--port", str(port),
-        "--workers", "1",
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port),
+        "--workers", "1", *extra,
     ]  # fmt: skip
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
     address = f"http://{HOST}:{port}"
     return run_server("the MLflow server", command, environment, address, f"{address}/health", ready)
+
+
+_ARTIFACTS_DIRECTLY = ("--no-serve-artifacts", "--default-artifact-root")
+
+
+def _team() -> tuple[list[str], dict[str, str]]:
+    """What MLflow's server is told, on its command line and by environment, for it to ask for passwords."""
+    if find_spec("flask_wtf") is None:
+        raise TrackingError("--team needs MLflow's authentication: pip install 'elman[team]'.")
+    if len(os.environ.get(PASSWORD, "")) < SHORTEST_PASSWORD:
+        raise TrackingError(
+            f"--team needs {PASSWORD} in the environment, {SHORTEST_PASSWORD} characters or more: there is no default."
+        )
+    settings = local_root() / "auth.ini"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{local_root() / 'auth.db'}\n"
+        "admin_username = admin\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    environment = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), SECRET: os.environ.get(SECRET) or secrets.token_hex(32)}
+    artifacts = ["--artifacts-destination", str(local_root() / "artifacts")]
+    return ["--app-name", "basic-auth", "--serve-artifacts", *artifacts], environment
 
 
 def refuse_port(port: int) -> None:
@@ -75,6 +108,7 @@ def run_server(
     Raises:
         TrackingError: It does not come up.
     """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the server would outlive us
     server = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -87,6 +121,7 @@ def run_server(
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(timeout=20)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(server: subprocess.Popen[bytes], name: str, url: str) -> None:
