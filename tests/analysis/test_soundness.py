@@ -377,6 +377,15 @@ def test_a_model_that_cannot_learn_a_batch_by_heart_is_found() -> None:
     assert_found(learning, subject, "falls only from")
 
 
+def test_a_model_too_narrow_to_learn_a_batch_by_heart_is_a_warning() -> None:
+    subject = specimen()
+    config = ModelConfig(embedding_size=4, hidden_size=4)
+    sizes = {"vocabulary_size": TOKENIZER.vocabulary_size, "num_inputs": TOKENIZER.num_inputs}
+    model = LanguageModel(config, **sizes, start_id=TOKENIZER.start_id, context_length=8)
+    finding = seeded(learning, Specimen(model, TOKENIZER, subject.text, is_fresh=False))
+    assert (finding.status, "for want of units" in finding.line) == ("warning", True)
+
+
 def test_a_model_that_is_too_sure_of_itself_before_training_is_found() -> None:
     subject = specimen()
     with torch.no_grad():
