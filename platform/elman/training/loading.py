@@ -30,9 +30,12 @@ from elman.text.prepared import PreparedCorpus
 from elman.text.spelling import SpellingModel
 from elman.text.tokenizer import Tokenizer
 from elman.tracking.models import download_model
-from elman.tracking.store import RunStore
+from elman.tracking.store import RunStore, without_password
 
 FORMAT = 1
+
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, RuntimeError)
+"""What comes of plain values that are not those we wrote: they are only data, but of any shape."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class LoadedModel:
 
 
 def provenance(config: ExperimentConfig, corpus: PreparedCorpus) -> dict[str, Any]:
-    """What a model needs to remember of its training, as plain values."""
+    """What a model needs to remember of its training, as plain values; no password, for models are passed on."""
     flat = flatten(config)
+    if config.tracking.uri is not None:
+        flat["tracking.uri"] = without_password(config.tracking.uri)
     return {
         "format": FORMAT,
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()},
@@ -106,7 +111,7 @@ def from_checkpoint(path: Path) -> LoadedModel:
         model = LanguageModel.from_architecture(extra["architecture"])
         model.load_state_dict(model_weights(checkpoint))
         return _loaded(model, Tokenizer.from_json(extra["tokenizer"]), extra["provenance"])
-    except (KeyError, RuntimeError, TypeError, ElmanError) as error:
+    except (*_MISSHAPEN, ElmanError) as error:
         raise ModelError(f"{path} does not hold the model it describes ({str(error).splitlines()[0]}).") from None
 
 
@@ -120,7 +125,7 @@ def from_folder(folder: Path) -> LoadedModel:
         return _loaded(*load_files(folder), json.loads((folder / "provenance.json").read_text("utf-8")))
     except OSError as error:
         raise ModelError(f"{folder} is no saved model ({error.strerror}: {error.filename}).") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ElmanError) as error:
+    except (*_MISSHAPEN, SafetensorError, ElmanError) as error:
         raise ModelError(f"{folder} holds a damaged model ({str(error).splitlines()[0]}).") from None
 
 
