@@ -416,7 +416,7 @@ class RunStore:
                 if not _is_absence(error) and not isinstance(error, StoreAwayError):
                     raise
                 self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
-        outbox = Outbox(outbox_root() / (run_id or str(born["mark"])))
+        outbox = Outbox(outbox_root() / (run_id or str(born["mark"])), patience=STALL_SECONDS)
         outbox.set_fact("born", born)
         outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
                                   "experiment": self.config.experiment})  # fmt: skip
