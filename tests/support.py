@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
@@ -45,3 +51,16 @@ def tiny(corpus: Path | str, **settings: Any) -> ExperimentConfig:
     }
     flat |= {name.replace("__", "."): value for name, value in settings.items()}
     return build(ExperimentConfig, flat)
+
+
+@contextmanager
+def small_disk_at(folder: Path) -> Iterator[Path]:
+    """A file system of 2 MB in a folder that is made for it; the test is skipped where mounting is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import threading
@@ -19,7 +18,7 @@ from packaging.version import Version
 from elman.analysis import surroundings
 from elman.cli import main
 from elman.config.schema import TrackingConfig, TrainerConfig
-from support import make_text, tiny
+from support import make_text, small_disk_at, tiny
 
 FLOORS = {"lightning": "2.6.6", "torch": "2.10", "mlflow": "3.11"}
 
@@ -170,13 +169,8 @@ def test_a_store_that_never_answers_is_given_up(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk_at(tmp_path / "disk") as folder:
+        yield folder
 
 
 def test_a_small_disk_is_a_failure_and_a_full_one_too(small_disk: Path) -> None:

@@ -34,6 +34,27 @@ def take_turns(steps: Mapping[str, Callable[[], object]], *, turns: int, warm_up
     return seconds
 
 
+def task_step(task: Any, window: Callable[[], Any], precision: Any) -> Callable[[], None]:
+    """A whole training step of a LanguageModeling task on its own: forward, loss, backward, clipping, update.
+
+    Args:
+        task: What is trained; on the CPU.
+        window: Gives the next window.
+        precision: A context manager factory, such as ``lambda: torch.autocast("cpu", torch.bfloat16)``.
+    """
+    optimizer = task.configure_optimizers()
+
+    def step() -> None:
+        with precision():
+            loss = task.training_step(window(), 0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        task.configure_gradient_clipping(optimizer)
+        optimizer.step()
+
+    return step
+
+
 def rate(seconds: list[float], amount: float) -> float:
     """Median of ``amount`` per second."""
     return amount / statistics.median(seconds)

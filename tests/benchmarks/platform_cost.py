@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from harness import parser, write_json
+from harness import parser, task_step, write_json
 
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
@@ -59,21 +59,10 @@ def bare_step(config: ExperimentConfig) -> Any:
     corpus = prepare(config.corpus)
     model = build_language_model(config, corpus.tokenizer)
     task = LanguageModeling(model, config.optimizer, bits=None, sequence_length=config.data.sequence_length)  # type: ignore[arg-type]
-    optimizer = task.configure_optimizers()
     windows = iter(CorpusData(corpus, config.data, config.seed).train_loader(0))
     cpu = torch.device("cpu")
     precision = resolve_precision("auto", cpu)
-
-    def step() -> None:
-        window = next(windows)
-        with autocast(precision, cpu):
-            loss = task.training_step(window, 0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        task.configure_gradient_clipping(optimizer)
-        optimizer.step()
-
-    return step
+    return task_step(task, lambda: next(windows), lambda: autocast(precision, cpu))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import environment, matrix_rate, parser, rate, speedup, take_turns, write_json
+from harness import environment, matrix_rate, parser, rate, speedup, take_turns, task_step, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,17 +62,7 @@ def elman_step(cell: str, hidden_size: int, num_layers: int, window: Window) -> 
     sizes = {"vocabulary_size": VOCABULARY_SIZE, "num_inputs": VOCABULARY_SIZE + 1, "start_id": VOCABULARY_SIZE}
     model = LanguageModel(config, **sizes, context_length=SEQUENCE_LENGTH)
     task = LanguageModeling(model, OptimizerConfig(), bits=None, sequence_length=SEQUENCE_LENGTH)
-    optimizer = task.configure_optimizers()
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = task.training_step(window, 0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        task.configure_gradient_clipping(optimizer)
-        optimizer.step()
-
-    return step
+    return task_step(task, lambda: window, lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def main() -> None:

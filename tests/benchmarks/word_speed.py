@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import environment, matrix_rate, parser, rate, speedup, take_turns, write_json
+from harness import environment, matrix_rate, parser, rate, speedup, take_turns, task_step, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,19 +71,10 @@ def elman_step(sizes: tuple[int, int, int], optimizer_name: str, windows: list[W
     model = LanguageModel(config, **ids, context_length=SEQUENCE_LENGTH)
     rule = OptimizerConfig(name=optimizer_name, lr=RATES[optimizer_name], max_grad_norm=MAX_GRAD_NORM)
     task = LanguageModeling(model, rule, bits=None, sequence_length=SEQUENCE_LENGTH)
-    optimizer = task.configure_optimizers()
     turn = iter(range(10**9))
-
-    def step() -> None:
-        window = windows[next(turn) % len(windows)]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = task.training_step(window, 0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        task.configure_gradient_clipping(optimizer)
-        optimizer.step()
-
-    return step
+    return task_step(
+        task, lambda: windows[next(turn) % len(windows)], lambda: torch.autocast("cpu", torch.bfloat16)
+    )
 
 
 def zipf(vocabulary_size: int, *shape: int) -> Tensor:

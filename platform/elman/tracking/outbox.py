@@ -232,9 +232,7 @@ class Outbox:
         disk = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            disk = sqlite3.connect(self.folder / "outbox.db", check_same_thread=False, isolation_level=None)
-            disk.execute("PRAGMA locking_mode = EXCLUSIVE")
-            disk.execute("PRAGMA journal_mode = WAL")
+            disk = self._open(0.0)
             self._db.backup(disk)
         except (OSError, sqlite3.Error):
             if disk is not None:

@@ -34,7 +34,7 @@ class Run:
 
     def flush(self) -> None:
         """Deliver all that waits, as far as the store takes it."""
-        self.sender.drain(max(self.store.patience, 0.0))
+        self.sender.drain(self.store.patience)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Tags; the same name again replaces one."""

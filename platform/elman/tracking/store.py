@@ -416,10 +416,8 @@ class RunStore:
                 if not _is_absence(error) and not isinstance(error, StoreAwayError):
                     raise
                 self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
-        outbox = Outbox(outbox_root() / (run_id or str(born["mark"])), patience=STALL_SECONDS)
+        outbox = self._outbox(run_id or str(born["mark"]))
         outbox.set_fact("born", born)
-        outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
-                                  "experiment": self.config.experiment})  # fmt: skip
         if run_id is not None:
             outbox.set_fact("run", run_id)
         return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation, self.away))
@@ -427,17 +425,22 @@ class RunStore:
     def _open_again(self, name: str, resume: RunSummary | str) -> Run:
         run_id = resume if isinstance(resume, str) else resume.id
         local = run_id if isinstance(resume, str) else resume.local_id
-        outbox = Outbox(outbox_root() / local, patience=STALL_SECONDS)
+        outbox = self._outbox(local)
         if outbox.is_empty and isinstance(resume, RunSummary):
             for key in resume.metrics:
                 outbox.seed(key, self.history(run_id, key))
         outbox.forget("end")
         outbox.set_fact("run", run_id)
-        outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
-                                  "experiment": self.config.experiment})  # fmt: skip
         outbox.put("status", "status", "RUNNING")
         outbox.put("untag", "error")
         return Run(self, run_id, name, outbox, Sender(outbox, self))
+
+    def _outbox(self, name: str) -> Outbox:
+        """A run's outbox, which knows where it is to be delivered."""
+        outbox = Outbox(outbox_root() / name, patience=STALL_SECONDS)
+        outbox.set_fact("store", {"uri": without_password(self.uri), "is_local": self.is_local,
+                                  "experiment": self.config.experiment})  # fmt: skip
+        return outbox
 
     def _end(self, run: Run) -> None:
         waiting = run.sender.drain(max(self.patience, STALL_SECONDS))
