@@ -16,11 +16,13 @@ from typing import Literal
 
 from elman.errors import ConfigError
 
-Cell = Literal["rnn", "lstm", "gru", "gru_reset_before", "transformer"]
+Cell = Literal["rnn", "lstm", "gru", "gru_reset_before", "mingru", "minlstm", "transformer"]
 Level = Literal["byte", "character", "word", "bpe"]
 Place = Literal["embedding", "input", "layer", "output"]
 
-RECURRENT_CELLS = ("rnn", "lstm", "gru", "gru_reset_before")
+RECURRENT_CELLS = ("rnn", "lstm", "gru", "gru_reset_before", "mingru", "minlstm")
+MINIMAL_CELLS = ("mingru", "minlstm")
+"""Those whose gates see the input alone: no weight meets the state, and a window is computed at once."""
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
@@ -143,8 +145,9 @@ class ModelConfig:
     """The architecture: embed, unroll, project."""
 
     cell: Cell = "lstm"
-    """Recurrence: rnn (Elman), lstm, gru (torch's), gru_reset_before (Cho et al.'s), or a small
-    causal transformer as the yardstick."""
+    """Recurrence: rnn (Elman), lstm, gru (torch's), gru_reset_before (Cho et al.'s), mingru and
+    minlstm (Feng et al.'s, computed in parallel over time), or a small causal transformer as the
+    yardstick."""
     nonlinearity: Literal["tanh", "relu"] = "tanh"
     """Activation of the rnn cell."""
     embedding_size: int = 128
@@ -174,7 +177,7 @@ class ModelConfig:
     initial_state: Literal["zero", "learned"] = "zero"
     """Hidden state at the start of a text: zeros, or parameters learned with the rest."""
     forget_bias: float = 1.0
-    """Initial bias of the LSTM's forget gate."""
+    """Initial bias of the forget gate of lstm and minlstm."""
     dropout: float = 0.0
     """Dropout probability at the input, between layers and at the output, wherever the
     setting for that place is null."""
@@ -212,9 +215,12 @@ class ModelConfig:
         if self.cell != "rnn":
             require(self.nonlinearity == "tanh", "model.nonlinearity", self.nonlinearity,
                      f"tanh with model.cell {self.cell}; only rnn has a choice")
-        if self.cell != "lstm":
+        if self.cell not in ("lstm", "minlstm"):
             require(self.forget_bias == 1.0, "model.forget_bias", self.forget_bias,
-                     f"left at 1.0 with model.cell {self.cell}; only lstm has a forget gate's bias to set")
+                     f"left at 1.0 with model.cell {self.cell}; only lstm and minlstm have a forget gate's bias to set")
+        if self.cell in MINIMAL_CELLS:
+            require(self.weight_dropout == 0, "model.weight_dropout", self.weight_dropout,
+                     f"0 with model.cell {self.cell}, which has no recurrent weights")
         if self.layer_dropout:
             require(self.num_layers > 1, "model.layer_dropout", self.layer_dropout,
                      "0 or null with model.num_layers 1; there is nothing between layers")

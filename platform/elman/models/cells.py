@@ -2,7 +2,8 @@
 
 These are the equations that the fast kernels of recurrent.py are tested against, forward
 and backward. Weights have torch's names and layouts: the rows of a matrix are its gates
-stacked in torch's order, i f g o for the LSTM and r z n for the GRU.
+stacked in torch's order, i f g o for the LSTM and r z n for the GRU; z h̃ for the minGRU and
+f i h̃ for the minLSTM, in which no weight meets the state.
 
 Shape suffixes: B batch, T time steps, I input, H hidden, G gates × hidden.
 """
@@ -17,7 +18,10 @@ from torch import Tensor
 
 
 class CellWeights(NamedTuple):
-    """Parameters of one recurrent layer: (G, I), (G, H), (G) and (G)."""
+    """Parameters of one recurrent layer: (G, I), (G, H), (G) and (G).
+
+    weight_hh and bias_hh have no rows where a cell has no weights on its state.
+    """
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -125,12 +129,54 @@ def gru_reset_before_cell(x_BI: Tensor, state: CellState, weights: CellWeights) 
     return ((1 - z_BH) * h_BH + z_BH * candidate_BH,)
 
 
+def mingru_cell(x_BI: Tensor, state: CellState, weights: CellWeights) -> CellState:
+    """One step of the minimal GRU, whose gate and candidate see the input alone.
+
+    ::
+
+        z = σ(W_z x_t + b_z)                        h̃ = W_h x_t + b_h
+        h_t = (1−z) ⊙ h_{t-1} + z ⊙ h̃
+
+    Given the inputs it is linear in h, so that all steps of a window can be computed at once.
+    This is the definition of the paper's text, whose state may be of either sign. The paper's
+    log-space form puts g(W_h x_t + b_h) for h̃, with g(x) = x + 0.5 where x ≥ 0 and σ(x)
+    elsewhere, so that log h exists; scan.py takes no logarithm, and so needs no g.
+
+    Source: Feng et al. (2024), Were RNNs All We Needed?, arXiv:2410.01201, section 3.1.
+    """
+    (h_BH,) = state
+    z_BH, candidate_BH = (x_BI @ weights.weight_ih.T + weights.bias_ih).chunk(2, dim=-1)
+    z_BH = torch.sigmoid(z_BH)
+    return ((1 - z_BH) * h_BH + z_BH * candidate_BH,)
+
+
+def minlstm_cell(x_BI: Tensor, state: CellState, weights: CellWeights) -> CellState:
+    """One step of the minimal LSTM: gates that sum to one, no output gate, and h its only state.
+
+    ::
+
+        f = σ(W_f x_t + b_f)                        i = σ(W_i x_t + b_i)
+        f' = f / (f+i)                              i' = i / (f+i)
+        h̃ = W_h x_t + b_h                           h_t = f' ⊙ h_{t-1} + i' ⊙ h̃
+
+    Of its two forms in the paper this is again the one without g; see ``mingru_cell``.
+
+    Source: Feng et al. (2024), arXiv:2410.01201, section 3.2.
+    """
+    (h_BH,) = state
+    f_BH, i_BH, candidate_BH = (x_BI @ weights.weight_ih.T + weights.bias_ih).chunk(3, dim=-1)
+    f_BH, i_BH = torch.sigmoid(f_BH), torch.sigmoid(i_BH)
+    return (f_BH / (f_BH + i_BH) * h_BH + i_BH / (f_BH + i_BH) * candidate_BH,)
+
+
 CELLS: dict[str, Cell] = {
     "rnn_tanh": rnn_tanh_cell,
     "rnn_relu": rnn_relu_cell,
     "lstm": lstm_cell,
     "gru": gru_cell,
     "gru_reset_before": gru_reset_before_cell,
+    "mingru": mingru_cell,
+    "minlstm": minlstm_cell,
 }
 
 

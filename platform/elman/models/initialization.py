@@ -48,10 +48,10 @@ def initialize_recurrent(layer: nn.Module, *, kind: str, forget_bias: float) -> 
       nor grows at first (Saxe et al. 2014, arXiv:1312.6120); for the relu rnn the identity
       (Le et al. 2015, arXiv:1504.00941).
     - input to hidden: each gate's block uniform after Glorot & Bengio (2010).
-    - biases: zero, but for the LSTM's forget gate, whose two sum to ``forget_bias``: open at
-      first (Gers et al. 2000; Jozefowicz et al. 2015, section 2.2).
+    - biases: zero, but for the forget gate of LSTM and minLSTM, whose two sum to ``forget_bias``:
+      open at first (Gers et al. 2000; Jozefowicz et al. 2015, section 2.2).
     """
-    weights: dict[str, Tensor] = dict(layer.named_parameters())
+    weights: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     weight_hh_GH = weights["weight_hh_l0"]
     hidden_size = weight_hh_GH.shape[1]
     for block_HH in torch.split(weight_hh_GH, hidden_size):
@@ -65,6 +65,8 @@ def initialize_recurrent(layer: nn.Module, *, kind: str, forget_bias: float) -> 
     nn.init.zeros_(weights["bias_hh_l0"])
     if kind == "lstm":
         weights["bias_ih_l0"][hidden_size : 2 * hidden_size] = forget_bias
+    elif kind == "minlstm":
+        weights["bias_ih_l0"][:hidden_size] = forget_bias
 
 
 @torch.no_grad()

@@ -8,16 +8,19 @@ Shape suffixes: B batch, T time steps, I input, H hidden, G gates × hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elman.models.scan import linear_recurrence
+
 LayerState = tuple[Tensor, ...]
 """The h of a layer, and for the LSTM its c too; each (B, H)."""
 
 Weights = list[Tensor]
-"""weight_ih (G, I), weight_hh (G, H), bias_ih (G), bias_hh (G)."""
+"""weight_ih (G, I), weight_hh (G, H), bias_ih (G), bias_hh (G); the minimal cells' hh have no rows."""
 
 Window = Callable[[Tensor, LayerState, Weights, bool], tuple[Tensor, LayerState]]
 Step = Callable[[Tensor, LayerState, Weights], LayerState]
@@ -32,6 +35,20 @@ class ResetBeforeGRU(nn.Module):
         self.weight_hh_l0 = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.bias_ih_l0 = nn.Parameter(torch.empty(3 * hidden_size))
         self.bias_hh_l0 = nn.Parameter(torch.empty(3 * hidden_size))
+
+
+class MinimalWeights(nn.Module):
+    """Weights of a cell whose gates do not see the state: nothing multiplies it, and no second bias is added."""
+
+    weight_hh_l0: Tensor
+    bias_hh_l0: Tensor
+
+    def __init__(self, input_size: int, hidden_size: int, *, gates: int) -> None:
+        super().__init__()
+        self.weight_ih_l0 = nn.Parameter(torch.empty(gates * hidden_size, input_size))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(gates * hidden_size))
+        self.register_buffer("weight_hh_l0", torch.empty(0, hidden_size), persistent=False)
+        self.register_buffer("bias_hh_l0", torch.empty(0), persistent=False)
 
 
 def _lstm_window(x_BTI: Tensor, state: LayerState, weights: Weights, training: bool) -> tuple[Tensor, LayerState]:
@@ -72,6 +89,37 @@ def _gru_reset_before_window(
     return torch.stack(outputs, dim=1), (h_BH,)
 
 
+def minimal_gates(kind: str, gates_BTG: Tensor) -> tuple[Tensor, Tensor]:
+    """What a minimal cell keeps of its state, and what it adds, each (B, T, H) in at least single precision.
+
+    1 − σ(x) is σ(−x), and f / (f+i) is σ(log f − log i): neither cancels, nor divides 0 by 0.
+    """
+    gates_BTG = gates_BTG.to(torch.promote_types(gates_BTG.dtype, torch.float32))
+    if kind == "mingru":
+        z_BTH, candidate_BTH = gates_BTG.chunk(2, dim=-1)
+    else:
+        f_BTH, i_BTH, candidate_BTH = gates_BTG.chunk(3, dim=-1)
+        z_BTH = F.logsigmoid(i_BTH) - F.logsigmoid(f_BTH)
+    return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * candidate_BTH
+
+
+def _minimal_window(kind: str) -> Window:
+    def window(x_BTI: Tensor, state: LayerState, weights: Weights, training: bool) -> tuple[Tensor, LayerState]:
+        keep_BTH, add_BTH = minimal_gates(kind, F.linear(x_BTI, weights[0], weights[2]))
+        out_BTH = linear_recurrence(keep_BTH, add_BTH, state[0].to(keep_BTH.dtype))
+        return out_BTH, (out_BTH[:, -1],)
+
+    return window
+
+
+def _minimal_step(kind: str) -> Step:
+    def step(x_BI: Tensor, state: LayerState, weights: Weights) -> LayerState:
+        keep_BH, add_BH = minimal_gates(kind, F.linear(x_BI, weights[0], weights[2]))
+        return (torch.addcmul(add_BH, keep_BH, state[0].to(keep_BH.dtype)),)
+
+    return step
+
+
 def _lstm_step(x_BI: Tensor, state: LayerState, weights: Weights) -> LayerState:
     return torch.lstm_cell(x_BI, state, *weights)
 
@@ -90,6 +138,8 @@ WEIGHT_HOLDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
     "gru_reset_before": ResetBeforeGRU,
+    "mingru": partial(MinimalWeights, gates=2),
+    "minlstm": partial(MinimalWeights, gates=3),
 }
 WINDOWS: dict[str, Window] = {
     "rnn_tanh": _single_state_window(torch.rnn_tanh),
@@ -97,6 +147,8 @@ WINDOWS: dict[str, Window] = {
     "lstm": _lstm_window,
     "gru": _single_state_window(torch.gru),
     "gru_reset_before": _gru_reset_before_window,
+    "mingru": _minimal_window("mingru"),
+    "minlstm": _minimal_window("minlstm"),
 }
 STEPS: dict[str, Step] = {  # oneDNN's LSTM takes 5 times as long
     "rnn_tanh": _single_state_step(torch.rnn_tanh_cell),
@@ -104,4 +156,6 @@ STEPS: dict[str, Step] = {  # oneDNN's LSTM takes 5 times as long
     "lstm": _lstm_step,
     "gru": _single_state_step(torch.gru_cell),
     "gru_reset_before": _gru_reset_before_step,
+    "mingru": _minimal_step("mingru"),
+    "minlstm": _minimal_step("minlstm"),
 }
