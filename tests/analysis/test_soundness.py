@@ -17,7 +17,7 @@ from elman.analysis.learning import fresh_loss, learning, loss
 from elman.analysis.masks import evaluation, masks
 from elman.analysis.soundness import carry, causality, examine_model, round_trip, storage, weights
 from elman.analysis.specimen import Specimen
-from elman.config.schema import ModelConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.models.dropout import Dropout, WordDropout
 from elman.models.language_model import Features, LanguageModel
 from elman.models.recurrent import RecurrentLayer, RecurrentStack
@@ -38,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lstm": {"num_layers": 2, "dropout": 0.3, "embedding_dropout": 0.2},
     "gru": {"cell": "gru", "residual": True, "layer_norm": True, "embedding_size": 256, "num_layers": 2},
     "gru_reset_before": {"cell": "gru_reset_before", "initial_state": "learned"},
+    "mingru": {"cell": "mingru", "initial_state": "learned", "num_layers": 2, "dropout": 0.3},
+    "minlstm": {"cell": "minlstm", "residual": True, "layer_norm": True, "embedding_size": 256, "num_layers": 2},
     "transformer": {"cell": "transformer", "dropout": 0.2, "variational": ("layer",)},
     "last_step": {"head": "last_step", "dropout": 0.2, "max_sequence_length": 6},
     "tied": {"tie_weights": True, "embedding_size": 256},
@@ -164,7 +166,7 @@ class Deaf(RecurrentStack):
 
 
 @pytest.mark.parametrize("stack", [Forgetful, Deaf])
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", RECURRENT_CELLS)
 def test_a_stack_that_drops_its_carry_is_found(stack: type, cell: str) -> None:
     subject = specimen(cell=cell)
     subject.model.body.__class__ = stack

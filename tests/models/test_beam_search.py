@@ -9,12 +9,12 @@ from math import exp, fsum
 import pytest
 import torch
 
-from elman.config.schema import GenerationConfig
+from elman.config.schema import RECURRENT_CELLS, GenerationConfig
 from elman.models.language_model import LanguageModel
 from elman.models.sampling import Hypothesis, beam_search, generate
 
 Tiny = Callable[..., LanguageModel]
-CELLS = ("rnn", "lstm", "gru", "gru_reset_before", "transformer")
+CELLS = (*RECURRENT_CELLS, "transformer")
 
 
 def exhaustive(

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elman.config.schema import ModelConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.errors import ConfigError
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
 
-CELLS = ("rnn", "lstm", "gru", "gru_reset_before", "transformer")
+CELLS = (*RECURRENT_CELLS, "transformer")
 SIZES = {"vocabulary_size": 70, "num_inputs": 71, "start_id": 70, "context_length": 8}
 
 
@@ -33,6 +33,12 @@ def test_parts_sum_to_the_number_of_elements(cell: str, tied: bool) -> None:
 def test_lstm_of_one_layer_counts_as_its_equations_say() -> None:
     counts = count_parameters(build_model(ModelConfig(hidden_size=16, embedding_size=12), **SIZES))
     assert counts["recurrent"] == 4 * (16 * 12 + 16 * 16 + 2 * 16)
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("mingru", 2), ("minlstm", 3)])
+def test_minimal_cells_have_one_matrix_and_one_bias_a_gate(cell: str, gates: int) -> None:
+    counts = count_parameters(build_model(ModelConfig(cell=cell, hidden_size=16, embedding_size=12), **SIZES))
+    assert counts["recurrent"] == gates * (16 * 12 + 16)
 
 
 @pytest.mark.parametrize("cell", CELLS)

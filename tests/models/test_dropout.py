@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from elman.config.schema import ModelConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.models.dropout import Dropout, WordDropout, drop_weight
 from elman.models.language_model import LanguageModel
 
@@ -87,7 +87,7 @@ def test_dropout_falls_back_to_the_common_probability() -> None:
     assert (model.input_dropout.p, model.output_dropout.p, model.word_dropout.p) == (0.4, 0.1, 0.0)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", RECURRENT_CELLS)
 def test_residual_path_skips_the_dropout_between_layers(tiny: Callable[..., LanguageModel], cell: str) -> None:
     model = tiny(cell, embedding_size=8, residual=True, layer_dropout=0.9).train()
     with torch.no_grad():

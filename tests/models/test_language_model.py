@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from elman.config.schema import ModelConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.errors import ModelError
 from elman.models.language_model import LanguageModel
 from elman.models.state import detach, map_state, select, to_device
 
-CELLS = ("rnn", "lstm", "gru", "gru_reset_before", "transformer")
+CELLS = (*RECURRENT_CELLS, "transformer")
 VARIANTS = [
     *[{"cell": cell} for cell in CELLS],
-    *[{"cell": cell, "layer_norm": True} for cell in CELLS[:4]],
-    *[{"cell": cell, "residual": True, "embedding_size": 8} for cell in CELLS[:4]],
-    *[{"cell": cell, "initial_state": "learned"} for cell in CELLS[:4]],
+    *[{"cell": cell, "layer_norm": True} for cell in RECURRENT_CELLS],
+    *[{"cell": cell, "residual": True, "embedding_size": 8} for cell in RECURRENT_CELLS],
+    *[{"cell": cell, "initial_state": "learned"} for cell in RECURRENT_CELLS],
     *[{"cell": cell, "head": "last_step", "max_sequence_length": 3} for cell in CELLS],
     {"cell": "lstm", "head": "last_step", "max_sequence_length": 1},
     {"cell": "rnn", "nonlinearity": "relu", "last_hidden_size": 5, "tie_weights": True},
@@ -126,7 +126,7 @@ def test_detached_carry_lets_no_gradient_across_the_border(tiny: Tiny) -> None:
     assert not any(tensor.requires_grad for part in detach(state) for tensor in part)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", RECURRENT_CELLS)
 def test_learned_initial_state_is_learned_and_zero_one_has_no_parameters(tiny: Tiny, cell: str) -> None:
     learned, zero = tiny(cell, initial_state="learned"), tiny(cell)
     assert len(list(learned.parameters())) - len(list(zero.parameters())) == (4 if cell == "lstm" else 2)

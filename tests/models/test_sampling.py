@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elman.config.schema import GenerationConfig
+from elman.config.schema import RECURRENT_CELLS, GenerationConfig
 from elman.errors import ModelError
 from elman.models import sampling
 from elman.models.language_model import LanguageModel
@@ -97,7 +97,7 @@ def test_a_temperature_near_zero_is_greedy_and_finite() -> None:
     assert probabilities_BV.tolist() == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before", "transformer"])
+@pytest.mark.parametrize("cell", [*RECURRENT_CELLS, "transformer"])
 @pytest.mark.parametrize("head", ["every_step", "last_step"])
 @pytest.mark.parametrize("prompt", [[], [3, 1, 4, 1, 5]])
 def test_generation_draws_from_the_whole_forward_pass(tiny: Tiny, cell: str, head: str, prompt: list[int]) -> None:

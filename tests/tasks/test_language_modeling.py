@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elman.config.schema import ModelConfig, OptimizerConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig, OptimizerConfig
 from elman.data.windows import Window, WindowLoader
 from elman.errors import DivergenceError
 from elman.models.language_model import LanguageModel, build_model
@@ -55,7 +55,7 @@ class Trained(LanguageModeling):
         self._trainer = value
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before", "transformer"])
+@pytest.mark.parametrize("cell", [*RECURRENT_CELLS, "transformer"])
 def test_carried_windows_score_a_text_as_one_long_window_does(cell: str) -> None:
     model = network(cell)
     short = evaluate(model, windows(60, batch_size=1, sequence_length=7), CPU, "fp32")
@@ -150,7 +150,7 @@ def test_the_loss_does_not_depend_on_the_order_in_memory() -> None:
     assert torch.allclose(summed_loss(time_major, targets), summed_loss(logits, targets), atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", RECURRENT_CELLS)
 @pytest.mark.parametrize("settings", [{}, {"initial_state": "learned", "num_layers": 2, "layer_norm": True}], ids=str)
 def test_gradients_in_bf16_are_those_of_single_precision_across_document_borders(
     cell: str, settings: dict[str, Any]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elman.config.schema import ModelConfig, OptimizerConfig
+from elman.config.schema import RECURRENT_CELLS, ModelConfig, OptimizerConfig
 from elman.models.language_model import build_model
 from elman.tasks import optimizers
 from elman.tasks.optimizers import NTASGD, build_optimizer, clip_gradients, parameter_groups
@@ -18,14 +18,14 @@ def model(**settings: Any) -> nn.Module:
     return build_model(config, vocabulary_size=5, num_inputs=6, start_id=5, context_length=8)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", RECURRENT_CELLS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_decay_spares_biases_norms_embeddings_and_initial_states(cell: Any, tied: bool) -> None:
     network = model(cell=cell, tie_weights=tied)
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, spared = [[names[id(p)] for p in group["params"]] for group in parameter_groups(network, 0.1)]
     assert len(decayed) + len(spared) == len(names)
-    assert any("weight_hh" in name for name in decayed)
+    assert any("weight_ih" in name for name in decayed)
     assert not [n for n in decayed if "bias" in n or "norm" in n or "embedding" in n or "initial" in n]
     assert not [n for n in spared if "weight_hh" in n or "weight_ih" in n]
 

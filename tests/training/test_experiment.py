@@ -90,6 +90,8 @@ def test_training_lowers_the_loss_far_below_chance(store: RunStore, text_file: P
         {"model__cell": "gru", "model__tie_weights": True, "model__layer_norm": True},
         {"model__cell": "gru_reset_before", "model__initial_state": "learned", "model__residual": True,
          "model__num_layers": 2},
+        {"model__cell": "mingru", "model__initial_state": "learned", "model__num_layers": 2, "model__dropout": 0.2},
+        {"model__cell": "minlstm", "model__layer_norm": True, "model__forget_bias": 0.0},
         {"model__cell": "transformer", "model__num_heads": 2},
         {"model__head": "last_step", "model__max_sequence_length": 8},
         {"model__weight_dropout": 0.5, "model__embedding_dropout": 0.1, "model__dropout": 0.2, "model__num_layers": 2,
