@@ -41,10 +41,10 @@ doctor: $(STAMP) ## is all well here, and does the model compute what it should?
 
 train: train-default ## train the default experiment (ARGS="--model.hidden_size 512" changes settings)
 
-train-%: ## train pipelines/experiments/NAME.yaml
+train-%: ## train pipelines/experiments/NAME.yaml; a run of it that was stopped or killed is gone on with
 
 $(EXPERIMENTS:%=train-%): train-%: $(STAMP)
-	@$(BIN)/elman train --config pipelines/experiments/$*.yaml $(ARGS)
+	@$(BIN)/elman train --config pipelines/experiments/$*.yaml --resume auto $(ARGS)
 
 search: search-hidden-units ## how many hidden units: grid search with cross-validation
 

@@ -79,6 +79,8 @@ SAMPLE = "elman.training.callbacks:Samples.on_validation_end"
 HAND_OVER = "elman.tracking.run:Run.log_file"
 DELIVERED = "elman.tracking.outbox:Outbox.mark"
 CONCLUDE = "elman.training.experiment:log_model"
+CREATE = "elman.tracking.store:RunStore.create_run"
+LOCK = "elman.training.lock:FolderLock.__enter__"
 
 Kill = tuple[str, int, str]
 """Place, which of its calls, before or after."""
@@ -88,7 +90,7 @@ NASTY: list[Kill] = [
     (VALIDATED, 2, "before"), (VALIDATED, 1, "after"), (WRITE, 5, "before"), (WRITE, 60, "after"), (SYNC, 2, "before"),
     (SYNC, 5, "after"), (SYNC, 9, "before"), (DELIVER, 2, "after"), (SAMPLE, 2, "after"), (HAND_OVER, 1, "after"),
     (DELIVERED, 6, "before"), (DELIVERED, 9, "after"),
-    (CONCLUDE, 1, "before"), (CONCLUDE, 1, "after"),
+    (CONCLUDE, 1, "before"), (CONCLUDE, 1, "after"), (CREATE, 1, "before"), (CREATE, 1, "after"), (LOCK, 1, "before"),
 ]  # fmt: skip
 
 IGNORED = ("throughput/", "training/seconds", "training/tokens_per_second", "system/")
@@ -174,7 +176,7 @@ def _train(job: dict[str, Any]) -> None:
     if job.get("resume"):
         resume_experiment(job["resume"], job.get("changes"), RunStore(), PlainReporter())
     else:
-        run_experiment(from_flat(job["config"]), RunStore(), PlainReporter())
+        run_experiment(from_flat(job["config"]), RunStore(), PlainReporter(), go_on=True)
 
 
 def _child(job: dict[str, Any]) -> int:
@@ -279,7 +281,7 @@ class Bench:
         return work
 
     def run(self, work: Path, case: str | dict[str, Any], **job: Any) -> int:
-        """Train in ``work`` until the end or until it is killed: resume what is there, or begin.
+        """Train in ``work`` until the end or until it is killed: go on with what is there, or begin.
 
         Returns:
             The exit status; minus the signal's number where a signal ended it.
@@ -291,9 +293,6 @@ class Bench:
         config = flatten(tiny(self.text, **settings))
         config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
         job |= {"work": str(work), "cache": str(self.folder / "cache"), "config": config}
-        begun = begun_run(work)
-        if begun is not None and job.setdefault("resume", begun) is None:
-            del job["resume"]
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -312,16 +311,10 @@ def _database(work: Path) -> closing[sqlite3.Connection]:
 
 
 def begun_run(work: Path) -> str | None:
-    """The only run in a store, provided that it holds its settings."""
+    """The only run in a store; None where there is none yet."""
     with _database(work) as database:
         found = [row[0] for row in database.execute("SELECT run_uuid FROM runs")]
-        assert len(found) <= 1, "a second run"
-        if found and not list((work / "mlruns" / "artifacts").rglob("config.yaml")):
-            # Killed while it was being created: there is nothing in it yet.
-            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
-                database.execute(f"DELETE FROM {table}")
-            database.commit()
-            return None
+    assert len(found) <= 1, "a second run"
     return found[0] if found else None
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from elman.analysis.finding import Finding
     from elman.config.plan import SearchPlan
     from elman.search.answer import SearchResult
-    from elman.tracking.store import RunStore, RunSummary
+    from elman.tracking.local import RunSummary
+    from elman.tracking.store import RunStore
     from elman.training.experiment import RunResult
 
 WHERE = ("uri", "experiment")
@@ -63,12 +64,16 @@ def train(arguments: Sequence[str]) -> int:
     """Train, evaluate and record one experiment."""
     flags = _flags("train")
     flags.add_option("config", str, "YAML file of settings; flags override it, and it overrides the defaults.")
-    flags.add_option("resume", str, "Run to go on with; beside it, limits and intervals may be changed, nothing else.")
+    flags.add_option(
+        "resume", str,
+        "Run to go on with; beside it, limits and intervals may be changed, nothing else. auto goes on with the newest "
+        "run of the same settings and text where it was stopped or killed, and else starts one.",
+    )  # fmt: skip
     flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
     changes = {name: value for name, value in given.items() if name not in ("config", "json", "resume")}
     resume = values["resume"]
-    config = None if resume is not None else load_config(ExperimentConfig, values["config"], changes)
+    config = None if resume not in (None, "auto") else load_config(ExperimentConfig, values["config"], changes)
 
     from elman.training.progress import terminal_reporter
 
@@ -79,7 +84,7 @@ def train(arguments: Sequence[str]) -> int:
         from elman.training.experiment import resume_experiment, run_experiment
 
         if config is not None:
-            result = run_experiment(config, reporter=reporter)
+            result = run_experiment(config, reporter=reporter, go_on=resume == "auto")
         else:
             result, config = resume_experiment(resume, changes, reporter=reporter, file=values["config"])
     except UnusableCheckpointsError as error:
@@ -462,7 +467,7 @@ def compare(arguments: Sequence[str]) -> int:
     store = _store(flags, given)
 
     from elman.tracking.compare import compare_runs, write_curves
-    from elman.tracking.store import local_root
+    from elman.tracking.local import local_root
 
     comparison = compare_runs([store.find_run(run) for run in values["runs"]])
     default = local_root() / "comparisons" / ("-".join(run.id[:8] for run in comparison.runs) + ".png")

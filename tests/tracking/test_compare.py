@@ -9,8 +9,9 @@ from elman.config.schema import ExperimentConfig
 from elman.config.tree import override
 from elman.errors import TrackingError
 from elman.tracking.compare import compare_runs, write_curves
+from elman.tracking.local import RunSummary
 from elman.tracking.plots import smoothed
-from elman.tracking.store import RunStore, RunSummary
+from elman.tracking.store import RunStore
 
 
 def run(store: RunStore, called: str, digest: str = "d", **settings: Any) -> RunSummary:

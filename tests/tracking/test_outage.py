@@ -25,9 +25,9 @@ import pytest
 from elman.cli import main
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.tracking import sender
+from elman.tracking.local import outboxes
 from elman.tracking.outbox import Outbox
 from elman.tracking.store import RunStore
-from elman.tracking.sync import outboxes
 from elman.training.experiment import RunResult, run_experiment
 from elman.training.progress import Silence
 from outage_support import Proxy, Server, holdings, postgres_server

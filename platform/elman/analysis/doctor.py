@@ -27,7 +27,8 @@ from elman.text.prepare import prepare
 from elman.text.prepared import PreparedSplit
 from elman.text.streams import Stream
 from elman.text.tokenizer import Tokenizer
-from elman.tracking.store import RunStore, StoreAwayError
+from elman.tracking.absence import StoreAwayError
+from elman.tracking.store import RunStore
 from elman.training.loading import LoadedModel, load_model, needs_store
 
 CHARACTERS = 100_000

@@ -25,8 +25,10 @@ from elman.models import fused
 from elman.models.compiled import build, load_library
 from elman.tasks.hardware import cores, multiplies_bf16, resolve_device, resolve_precision
 from elman.text.prepare import default_cache
+from elman.tracking.absence import in_short, within, without_password
 from elman.tracking.environment import environment
-from elman.tracking.store import RunStore, in_short, local_root, tracking_uri, warm, within, without_password
+from elman.tracking.local import local_root
+from elman.tracking.store import RunStore, tracking_uri, warm
 
 GUARDED = {
     "lightning": "older ones run code from a checkpoint (CVE-2026-58659), and 2.6.2 and 2.6.3 were malicious releases",

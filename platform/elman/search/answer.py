@@ -20,8 +20,9 @@ from elman.config.tree import override, signature
 from elman.search.report import record_study
 from elman.search.space import Space
 from elman.search.tally import ranking, refuse_empty, tally
+from elman.tracking.local import local_root
 from elman.tracking.registry import register
-from elman.tracking.store import Run, RunStore, local_root
+from elman.tracking.store import Run, RunStore
 from elman.training.experiment import RunResult, run_experiment
 from elman.training.progress import Reporter
 

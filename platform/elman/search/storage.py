@@ -21,7 +21,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
 from elman.errors import TrackingError
-from elman.tracking.store import first_line, local_root, without_password
+from elman.tracking.absence import first_line, without_password
+from elman.tracking.local import local_root
 
 log = logging.getLogger(__name__)
 

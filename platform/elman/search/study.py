@@ -33,7 +33,8 @@ from elman.search.tally import ranking, tally
 from elman.tasks.hardware import resolve_device
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.store import Run, RunStore, without_password
+from elman.tracking.absence import without_password
+from elman.tracking.store import Run, RunStore
 from elman.training.callbacks import StopSignals
 from elman.training.experiment import run_lengths
 from elman.training.progress import Reporter, Silence, duration
@@ -235,7 +236,7 @@ def _study_run(
     params |= {f"space.{name}": json.dumps(value) for name, value in plan.space.items()}
     base = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(plan.base).items()}
     tags = {"study.name": config.study.name, "corpus.digest": corpus.digest, "kind": "search"}
-    resume = earlier if earlier is not None and store.exists(earlier) else None
+    resume = store.find_run(earlier) if earlier is not None and store.exists(earlier) else None
     opened = store.open_run(
         config.study.name, base | params, tags, resume=resume, parent=parent,
         files={"search.yaml": _as_yaml(plan), "base.yaml": dump_yaml(plan.base)},

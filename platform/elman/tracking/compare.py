@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elman.errors import TrackingError
+from elman.tracking.local import RunSummary
 from elman.tracking.plots import loss_curves
-from elman.tracking.store import RunStore, RunSummary
+from elman.tracking.store import RunStore
 
 FIGURES = (
     "best/loss", "best/perplexity", "best/bits_per_byte", "best/bits_per_character", "best/accuracy",

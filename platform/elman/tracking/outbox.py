@@ -1,6 +1,6 @@
 """What a run logs, kept on disk until the tracking store has it.
 
-A folder a run, ``mlruns/outbox/ID``: a SQLite file with every metric and record, and the
+A folder a run, ``mlruns/outbox/MARK``: a SQLite file with every metric and record, and the
 files that wait to be uploaded. One process at a time has it open; SQLite's own lock says
 so, and goes with the process however that ends.
 
@@ -316,6 +316,21 @@ class Outbox:
         """What the store answered, by kind of record."""
         found = self._all("SELECT kind, result FROM records WHERE result IS NOT NULL AND result <> 'null'")
         return {kind: json.loads(result) for kind, result in found}
+
+    def contents(self, kind: str) -> dict[str, Any]:
+        """What the records of a kind hold, by name, delivered or not."""
+        found = self._all("SELECT name, content FROM records WHERE kind = ?", kind)
+        return {name: json.loads(content) for name, content in found}
+
+    def newest(self) -> dict[str, float]:
+        """Every metric's value at its last step."""
+        found = self._all("SELECT key, value, max(step) FROM metrics GROUP BY key")
+        return {key: math.nan if value is None else value for key, value, _ in found}
+
+    def file(self, name: str) -> bytes | None:
+        """A small file that was noted; None where there is none, or it was delivered."""
+        found = self._all("SELECT data FROM records WHERE kind = 'file' AND name = ?", name)
+        return found[0][0] if found else None
 
     def forget(self, kind: str) -> None:
         """Drop the records of a kind."""

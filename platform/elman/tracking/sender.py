@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from elman.errors import TrackingError
+from elman.tracking.absence import StoreAwayError, in_short
 from elman.tracking.outbox import REFUSED, Outbox, Record, Row
 
 if TYPE_CHECKING:
@@ -177,8 +178,6 @@ class Sender:
             except sqlite3.ProgrammingError:
                 raise
             except Exception as error:  # whatever a store's absence looks like, the training goes on
-                from elman.tracking.store import StoreAwayError, in_short
-
                 self.reason = error.reason if isinstance(error, StoreAwayError) else in_short(error)
             finally:
                 self._begun = None
@@ -225,15 +224,13 @@ class Sender:
             what = f"{items[0].kind} {items[0].name}" if isinstance(items[0], Record) else f"{len(items)} metrics"
             if not self._gives_up(table, numbers[0], error):
                 raise
-            from elman.tracking.store import in_short
-
             log.warning("warning: the tracking store refuses %s (%s).", what, in_short(error))
             self._outbox.mark(table, numbers, REFUSED)
         else:
             self._outbox.mark(table, numbers, result=answer)
 
     def _gives_up(self, table: str, number: int, error: Exception) -> bool:
-        if is_refusal(error) or (isinstance(error, TrackingError) and not _is_away(error)):
+        if is_refusal(error) or (isinstance(error, TrackingError) and not isinstance(error, StoreAwayError)):
             return True
         if not isinstance(error, (TypeError, KeyError, AttributeError, FileNotFoundError)):
             return False
@@ -308,12 +305,6 @@ class Sender:
 
         record, answers = records[0], self._outbox.answers()
         return list(register(self._store, run_id, answers["model"], record.name, **record.content))
-
-
-def _is_away(error: TrackingError) -> bool:
-    from elman.tracking.store import StoreAwayError
-
-    return isinstance(error, StoreAwayError)
 
 
 def as_dataset(*, name: str, digest: str, source: str, split: str, profile: dict[str, object]) -> dict[str, Any]:

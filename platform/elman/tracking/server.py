@@ -15,7 +15,8 @@ from importlib.util import find_spec
 
 from elman.config.schema import TrackingConfig
 from elman.errors import TrackingError
-from elman.tracking.store import RunStore, local_root
+from elman.tracking.local import local_root
+from elman.tracking.store import RunStore
 
 HOST = "127.0.0.1"
 START_SECONDS = 120

@@ -17,8 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +25,16 @@ from elman.config.load import dump_yaml
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten, signature
 from elman.errors import TrackingError
+from elman.tracking.absence import (
+    Call,
+    PatientClient,
+    StoreAwayError,
+    first_line,
+    in_short,
+    is_absence,
+    without_password,
+)
+from elman.tracking.local import RunSummary, local_root, local_uri, outbox_root
 from elman.tracking.outbox import Outbox
 from elman.tracking.run import Run as Run
 from elman.tracking.sender import MARK, STALL_SECONDS, Sender
@@ -41,10 +50,14 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stand
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-LOCAL_ROOT = "mlruns"
-
 START_SECONDS = 4.0
-"""For which a training waits for a server's first answer; without one it begins, and what it logs waits."""
+"""For which a training waits for a server's first answers; without them it begins, and what it logs waits."""
+
+RECOGNISED = ("config.signature", "corpus.digest")
+"""Tags that tell which training a run is."""
+
+LEAST_SECONDS = 0.2
+"""Left for the run to be made, however slowly the server was reached."""
 
 log = logging.getLogger(__name__)
 
@@ -67,119 +80,9 @@ def warm() -> None:
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
-def without_password(uri: str) -> str:
-    """A URI fit to be shown: what stands before the host's @ is cut."""
-    return re.sub(r"(://)[^/@\s]*@", r"\1***@", uri)
-
-
-def local_root() -> Path:
-    """The folder of the local store, absolute: MLflow stores locations as they are given."""
-    return Path(LOCAL_ROOT).absolute()
-
-
-def outbox_root() -> Path:
-    """Where the outboxes of runs are."""
-    return local_root() / "outbox"
-
-
-def checkpoint_root() -> Path:
-    """Where the checkpoints of runs are while they train."""
-    return local_root() / "checkpoints"
-
-
 def tracking_uri(config: TrackingConfig) -> str:
     """The URI in force: the setting, else MLFLOW_TRACKING_URI, else sqlite under ./mlruns."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri()
-
-
-def local_uri() -> str:
-    """The local store's."""
-    return f"sqlite:///{local_root() / 'mlflow.db'}"
-
-
-class PatientClient:
-    """An MlflowClient whose calls wait for a store that is away for a while.
-
-    Args:
-        client: The real one.
-        seconds: After which its absence is an error.
-    """
-
-    def __init__(self, client: MlflowClient, seconds: float) -> None:
-        self._client, self._seconds = client, seconds
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        if not callable(method):
-            return method
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            deadline = time.monotonic() + self._seconds
-            while True:
-                try:
-                    return method(*arguments, **named)
-                except Exception as error:  # of MLflow, its databases' drivers, or the network
-                    if not _is_absence(error) or time.monotonic() > deadline:
-                        raise
-                    log.info("The tracking store does not answer; waiting (%s).", first_line(error))
-                    time.sleep(1.0)
-
-        return call
-
-
-class StoreAwayError(TrackingError):
-    """Nobody answers where the tracking store should be.
-
-    Attributes:
-        reason: In a few words.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def _is_absence(error: Exception) -> bool:
-    """Whether nobody answered, rather than that the answer was no."""
-    from mlflow.exceptions import MlflowException
-
-    text = str(error)
-    if "authentication failed" in text:
-        return False
-    if isinstance(error, MlflowException):
-        if error.error_code in ("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"):
-            return True
-        return error.error_code == "INTERNAL_ERROR" and any(
-            sign in text for sign in ("OperationalError", "API request to", "Connection refused", "server closed")
-        )
-    kind = type(error)
-    return (
-        isinstance(error, ConnectionError | json.JSONDecodeError)
-        or kind.__module__.split(".")[0] in ("requests", "urllib3")
-        or kind.__name__ == "OperationalError"
-    )
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A run as the store has it."""
-
-    id: str
-    name: str
-    experiment: str
-    status: str
-    started: int
-    """Milliseconds since 1970."""
-    ended: int | None
-    params: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-
-    @property
-    def local_id(self) -> str:
-        """What its folders on this machine are called: its mark where the store was away when it began."""
-        mark = self.tags.get(MARK, self.id)
-        return mark if any((root / mark).exists() for root in (outbox_root(), checkpoint_root())) else self.id
 
 
 class RunStore:
@@ -189,6 +92,7 @@ class RunStore:
         config: Where it is.
         patience: Seconds for which a call is tried again while nobody answers; the first one never waits.
         may_be_away: Whether it is all right that nobody answers now: runs can begin, and what they log waits.
+        away: Why it is known to be away; it is not asked again before the first delivery.
 
     Raises:
         StoreAwayError: Nobody answers, and that is not all right.
@@ -196,24 +100,34 @@ class RunStore:
     """
 
     def __init__(
-        self, config: TrackingConfig | None = None, *, patience: float = 0.0, may_be_away: bool = False
+        self,
+        config: TrackingConfig | None = None,
+        *,
+        patience: float = 0.0,
+        may_be_away: bool = False,
+        away: str | None = None,
     ) -> None:
         self.config = config or TrackingConfig()
         self.uri = tracking_uri(self.config)
         self.is_local = self.uri == local_uri()
         self.is_file = self.uri.startswith("sqlite:")
         self.patience, self.may_be_away = patience, may_be_away and not self.is_file
-        self.away: str | None = None
+        self.away = away
         """Why it was away when a run should have begun."""
+        self._left = START_SECONDS
         self._opened: MlflowClient | None = None
         self._connecting = threading.Lock()
         if not self.may_be_away:
             self._opened = self._connect()
             return
+        if self.away is not None:
+            return
+        begun = time.monotonic()
         try:
-            within(START_SECONDS, lambda: self.client)
+            Call(lambda: self.client).result(self._left)
         except (StoreAwayError, TimeoutError) as error:
             self.away = error.reason if isinstance(error, StoreAwayError) else str(error)
+        self._left = max(LEAST_SECONDS, self._left - (time.monotonic() - begun))
 
     @property
     def client(self) -> MlflowClient:
@@ -259,7 +173,7 @@ class RunStore:
             client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             client.get_experiment_by_name(self.config.experiment)
         except Exception as error:
-            absent = _is_absence(error)
+            absent = is_absence(error)
             if isinstance(error, OSError) and not absent:
                 raise
             if not absent and not isinstance(error, MlflowException) and type(error).__module__.split(".")[0] not in (
@@ -357,7 +271,7 @@ class RunStore:
         *,
         parent: str | None = None,
         files: Mapping[str, str] | None = None,
-        resume: RunSummary | str | None = None,
+        resume: RunSummary | None = None,
     ) -> Iterator[Run]:
         """Open a run, or open one again; its end decides the status.
 
@@ -376,10 +290,7 @@ class RunStore:
         if resume is not None:
             run = self._open_again(name, resume)
         else:
-            run = self._begin(name, tags, parent)
-            run.set_params({key: without_password(value) for key, value in params.items()})
-            for file, text in (files or {}).items():
-                run.log_text(file, without_password(text))
+            run = self._begin(name, params, tags, parent, files or {})
         run.sender.start()
         status = "FAILED"
         try:
@@ -394,14 +305,28 @@ class RunStore:
             raise
         finally:
             run.metrics.put("end", "end", {"status": status, "at": int(time.time() * 1000)})
-            self._end(run)
+            self._end(run, status)
 
-    def _begin(self, name: str, tags: Mapping[str, str], parent: str | None) -> Run:
+    def _begin(
+        self,
+        name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        parent: str | None,
+        files: Mapping[str, str],
+    ) -> Run:
         described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",
                      "mlflow.user": getpass.getuser()}  # fmt: skip
         if parent is not None:
             described["mlflow.parentRunId"] = parent
         born = {"mark": uuid.uuid4().hex, "name": name, "tags": described, "started": int(time.time() * 1000)}
+        # First the outbox: a run that the store has, and whose process is killed, is recognised by it.
+        outbox = self._outbox(str(born["mark"]))
+        outbox.set_fact("born", born)
+        for key, value in params.items():
+            outbox.put("param", key, without_password(value))
+        for file, text in files.items():
+            outbox.put("file", file, None, without_password(text).encode("utf-8"))
         run_id: str | None = None
         creation: Callable[[], str | None] | None = None
         if not self.may_be_away:
@@ -409,31 +334,31 @@ class RunStore:
         elif self.away is None:
             call = Call(lambda: self.create_run(**born))  # type: ignore[arg-type]  # as written above
             try:
-                run_id = call.result(START_SECONDS)
+                run_id = call.result(self._left)
             except TimeoutError as error:
                 self.away, creation = str(error), call.late
             except Exception as error:
-                if not _is_absence(error) and not isinstance(error, StoreAwayError):
+                if not is_absence(error) and not isinstance(error, StoreAwayError):
                     raise
                 self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
-        outbox = self._outbox(run_id or str(born["mark"]))
-        outbox.set_fact("born", born)
         if run_id is not None:
             outbox.set_fact("run", run_id)
         return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation, self.away))
 
-    def _open_again(self, name: str, resume: RunSummary | str) -> Run:
-        run_id = resume if isinstance(resume, str) else resume.id
-        local = run_id if isinstance(resume, str) else resume.local_id
-        outbox = self._outbox(local)
-        if outbox.is_empty and isinstance(resume, RunSummary):
+    def _open_again(self, name: str, resume: RunSummary) -> Run:
+        outbox = self._outbox(resume.mark)
+        if outbox.is_empty:
             for key in resume.metrics:
-                outbox.seed(key, self.history(run_id, key))
+                outbox.seed(key, self.history(resume.id, key))
         outbox.forget("end")
-        outbox.set_fact("run", run_id)
+        if outbox.fact("born") is None:  # the outbox it began with is delivered, and gone
+            tags = {key: resume.tags[key] for key in RECOGNISED if key in resume.tags}
+            born = {"mark": resume.mark, "name": name, "tags": tags, "started": resume.started}
+            outbox.set_fact("born", born)
+            outbox.set_fact("run", resume.id)
         outbox.put("status", "status", "RUNNING")
         outbox.put("untag", "error")
-        return Run(self, run_id, name, outbox, Sender(outbox, self))
+        return Run(self, resume.id, name, outbox, Sender(outbox, self, reason=self.away))
 
     def _outbox(self, name: str) -> Outbox:
         """A run's outbox, which knows where it is to be delivered."""
@@ -442,13 +367,14 @@ class RunStore:
                                   "experiment": self.config.experiment})  # fmt: skip
         return outbox
 
-    def _end(self, run: Run) -> None:
+    def _end(self, run: Run, status: str) -> None:
         waiting = run.sender.drain(max(self.patience, STALL_SECONDS))
         run.sender.stop()
         refused = run.metrics.refused()
         run.id = str(run.metrics.fact("run") or run.id)
         run.answers = run.metrics.answers()
-        lost = run.metrics.close(ended=True)
+        # A stopped run may be gone on with while the store is away: its outbox knows how it began.
+        lost = run.metrics.close(ended=not (status == "KILLED" and self.may_be_away))
         if lost:
             log.warning("warning: %d records of run %s are lost: neither disk nor store took them.", lost, run.id)
         elif waiting:
@@ -483,6 +409,10 @@ class RunStore:
         except MlflowException:
             return False
 
+    def has_artifact(self, run_id: str, path: str) -> bool:
+        """Whether a run has a file among its artifacts."""
+        return any(one.path == path for one in self.client.list_artifacts(run_id, path.rpartition("/")[0] or None))
+
     def delete_artifact(self, run_id: str, path: str) -> None:
         """Remove an artifact; one that is not there is no matter."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -508,7 +438,7 @@ class RunStore:
             raise TrackingError(f"There is no run {run_id} in {without_password(self.uri)}.")
         matches = [
             run for run in self.runs(every_experiment=True)
-            if run.id.startswith(run_id) or run.name == run_id or (len(run_id) > 7 and _mark(run).startswith(run_id))
+            if run.id.startswith(run_id) or run.name == run_id or (len(run_id) > 7 and run.mark.startswith(run_id))
         ]  # fmt: skip
         if len(matches) == 1 or (matches and all(run.name == run_id for run in matches)):
             return matches[0]  # the newest of a name
@@ -578,87 +508,6 @@ class RunStore:
             raise TrackingError(
                 f"Run {run_id} has no artifact {artifact} ({str(error).splitlines()[0][:120]})."
             ) from None
-
-
-class Call:
-    """A function that runs in a thread of its own, so that nobody need wait for it.
-
-    Args:
-        function: What to call.
-    """
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._answer: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._answer = self._function()
-        except BaseException as error:
-            self._error = error
-
-    def result(self, seconds: float | None) -> Any:
-        """Its answer.
-
-        Raises:
-            TimeoutError: It has not come back within so many seconds.
-        """
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            raise TimeoutError(f"no answer within {seconds:g} s")
-        if self._error is not None:
-            raise self._error
-        return self._answer
-
-    def late(self) -> Any:
-        """Its answer, whenever it comes; None where it failed."""
-        with suppress(Exception):
-            return self.result(None)
-        return None
-
-
-def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns.
-
-    Raises:
-        TimeoutError: It takes longer; it goes on by itself.
-    """
-    return Call(function).result(seconds)
-
-
-def _mark(run: RunSummary) -> str:
-    return run.tags.get(MARK, "")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, fit to be shown in a line."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return without_password(line)[:500]
-
-
-def in_short(error: BaseException) -> str:
-    """Why a store did not do what it was asked, in a few words where they are known."""
-    text = str(error)
-    for sign, words in _IN_SHORT.items():
-        if sign in text:
-            return words
-    return first_line(error)[:200]
-
-
-_IN_SHORT = {
-    "Connection refused": "connection refused",
-    "timed out": "no answer in time",
-    "Remote end closed": "it closes the connection",
-    "Connection aborted": "it closes the connection",
-    "Connection reset": "it closes the connection",
-    "too many 5": "it answers with errors",
-    "failed with error code 5": "it answers with errors",
-    "Name or service not known": "there is no such host",
-    "database is locked": "another process writes",
-}
 
 
 def _as_text(value: object) -> str:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from elman.config.schema import TrackingConfig
 from elman.errors import TrackingError
+from elman.tracking.absence import StoreAwayError, without_password
+from elman.tracking.local import local_uri, opened, outboxes
 from elman.tracking.outbox import Outbox
 from elman.tracking.sender import Sender
-from elman.tracking.store import (
-    RunStore,
-    StoreAwayError,
-    local_uri,
-    outbox_root,
-    tracking_uri,
-    without_password,
-)
+from elman.tracking.store import RunStore, tracking_uri
 
 
 @dataclass
@@ -40,18 +32,11 @@ class SyncResult:
     reasons: list[str] = field(default_factory=list)
 
 
-def outboxes() -> list[Path]:
-    """Folders of runs that have an outbox, the oldest first."""
-    root = outbox_root()
-    found = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
 def stranded() -> int:
     """Runs with records that wait, and no process to deliver them."""
     count = 0
     for folder in outboxes():
-        with _opened(folder) as outbox:
+        with opened(folder) as outbox:
             if outbox is not None:
                 count += outbox.waiting() > 0
                 outbox.close(ended=False)
@@ -70,7 +55,7 @@ def sync(config: TrackingConfig) -> SyncResult:
     result = SyncResult()
     stores: dict[tuple[str, str], RunStore | str] = {}
     for folder in outboxes():
-        with _opened(folder) as outbox:
+        with opened(folder) as outbox:
             if outbox is None:
                 result.busy.append(folder.name)
                 continue
@@ -96,16 +81,6 @@ def sync(config: TrackingConfig) -> SyncResult:
                 result.refused[run] = outbox.refused()
             outbox.close(ended=ended)
     return result
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Outbox | None]:
-    try:
-        outbox = Outbox(folder)
-    except TrackingError:
-        yield None
-        return
-    yield outbox
 
 
 def _store(

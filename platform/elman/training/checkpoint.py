@@ -31,7 +31,7 @@ from elman.training.loading import read_checkpoint
 KEPT = 3
 """States of a run that are kept."""
 
-STATE, BEST, SUMS = "state.ckpt", "best.ckpt", "SHA256SUMS"
+STATE, BEST, LAST, SUMS = "state.ckpt", "best.ckpt", "last.ckpt", "SHA256SUMS"
 PARTIAL = ".partial"
 
 

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 
 from elman.config.schema import ExperimentConfig, GenerationConfig, TrackingConfig
+from elman.config.tree import flatten
 from elman.data.datamodule import CorpusData, check_lengths
 from elman.errors import ConfigError
 from elman.models.count import count_parameters
@@ -22,13 +23,14 @@ from elman.tasks.language_modeling import LanguageModeling
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus, PreparedSplit
 from elman.text.tokenizer import Tokenizer
+from elman.tracking.absence import without_password
 from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
 from elman.tracking.run import Run
-from elman.tracking.store import RunStore, StoppedError, without_password
+from elman.tracking.store import RunStore, StoppedError
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
-from elman.training.checkpoint import BEST, STATE, States, link
+from elman.training.checkpoint import BEST, LAST, STATE, States, link
 from elman.training.evaluation import score_test
 from elman.training.export import log_model
 from elman.training.keeper import Keeper
@@ -36,7 +38,7 @@ from elman.training.loading import provenance
 from elman.training.lock import FolderLock
 from elman.training.lock import checkpoint_folder as checkpoint_folder
 from elman.training.progress import Reporter, Silence
-from elman.training.resume import Resumption, resumed
+from elman.training.resume import SHAPELESS, Resumption, find_unfinished, resumed
 from elman.training.trainer import build_trainer, seed_everything
 
 SAMPLE_CHARACTERS = 400
@@ -127,6 +129,7 @@ def run_experiment(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     resume: Resumption | None = None,
+    go_on: bool = False,
 ) -> RunResult:
     """Train, test and record one configuration.
 
@@ -137,6 +140,7 @@ def run_experiment(
         parent: Id of the run that this one belongs to.
         tags: Recorded with it.
         resume: A run to go on with, instead of starting one.
+        go_on: Whether to go on with the newest run of this configuration where it was stopped or killed.
 
     Raises:
         ElmanError: The configuration or the corpus cannot be used; nothing has been recorded.
@@ -158,6 +162,10 @@ def run_experiment(
     if resume is not None:
         resume.check(corpus, model)
     store = store or RunStore(config.tracking, may_be_away=True)
+    if go_on and (unfinished := find_unfinished(config, corpus.digest, store)) is not None:
+        reporter.note(f"run {unfinished.id} has these settings and did not finish: it is gone on with")
+        flat = flatten(config)
+        return resume_experiment(unfinished.id, {name: flat[name] for name in SHAPELESS}, store, reporter)[0]
     _announce(reporter, config, corpus, model, device, precision)
     with StopSignals() as signals, ExitStack() as held:
         described = {**run_tags(corpus, precision), **(tags or {})}
@@ -223,10 +231,11 @@ def resume_experiment(
     """
     changes = dict(changes or {})
     uri = changes.get("tracking.uri")
-    store = store or RunStore(TrackingConfig(uri=None if uri is None else str(uri)))
+    store = store or RunStore(TrackingConfig(uri=None if uri is None else str(uri)), may_be_away=True)
     with resumed(reference, changes, store, file) as resume:
         place = replace(resume.config.tracking, uri=store.config.uri)
-        return run_experiment(resume.config, RunStore(place), reporter, resume=resume), resume.config
+        there = RunStore(place, may_be_away=True, away=store.away)
+        return run_experiment(resume.config, there, reporter, resume=resume), resume.config
 
 
 def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Reporter) -> Path | None:
@@ -427,7 +436,7 @@ def _kept_checkpoints(run: Run, states: States, signals: StopSignals, held: Exit
 
 
 def _hand_over(run: Run, states: States) -> bool:
-    best, last = states.folder / BEST, states.folder / "last.ckpt"
+    best, last = states.folder / BEST, states.folder / LAST
     if states.newest is not None:
         last.unlink(missing_ok=True)
         link(states.newest / STATE, last)

@@ -29,8 +29,9 @@ from elman.tasks.pyfunc import load_files
 from elman.text.prepared import PreparedCorpus
 from elman.text.spelling import SpellingModel
 from elman.text.tokenizer import Tokenizer
+from elman.tracking.absence import without_password
 from elman.tracking.models import download_model
-from elman.tracking.store import RunStore, without_password
+from elman.tracking.store import RunStore
 
 FORMAT = 1
 

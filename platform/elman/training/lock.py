@@ -1,7 +1,8 @@
 """A run's folder of checkpoints, and who may write there: one process at a time.
 
 The lock is the kernel's, and goes with its process however that ends. So a run that is
-RUNNING with nobody holding its lock was interrupted.
+RUNNING with nobody holding its lock was interrupted; and so was one that came no further
+than its outbox, whose lock is the kernel's too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from elman.errors import TrackingError
-from elman.tracking.store import RunSummary, checkpoint_root
+from elman.tracking.local import RunSummary, checkpoint_root, opened, outbox_root
 
 PATIENCE_SECONDS = 0.3
 """A look at the lock holds it for a moment."""
@@ -26,13 +27,23 @@ def checkpoint_folder(run_id: str) -> Path:
 
 def is_interrupted(run: RunSummary) -> bool:
     """Whether a run that counts as RUNNING trained on this machine and has no process any more."""
-    if run.status != "RUNNING":
+    if run.status != "RUNNING" or not run.is_experiment:
         return False
     try:
-        with (checkpoint_folder(run.local_id) / "lock").open() as file:
+        with (run.checkpoints / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        outbox = outbox_root() / run.mark
+        if not outbox.exists():
+            return False  # a run of another machine
+        with opened(outbox) as found:
+            if found is None:
+                return False  # its process has it open
+            ended = found.has("end")  # and only the store does not know yet
+            found.close(ended=False)
+            return not ended
     except OSError:
-        return False  # it is held, or there is none: a run of another machine, or of a search
+        return False  # it is held
     return True
 
 

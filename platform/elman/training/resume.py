@@ -21,14 +21,16 @@ import torch
 
 from elman.config.load import from_flat, load_config, read_settings
 from elman.config.schema import ExperimentConfig
-from elman.config.tree import flatten, override
+from elman.config.tree import flatten, override, signature
 from elman.errors import ConfigError, DataError, ModelError, TrackingError
 from elman.models.language_model import LanguageModel
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.store import RunStore, RunSummary
-from elman.training.checkpoint import BEST, STATE, States, write_whole
+from elman.tracking.absence import without_password
+from elman.tracking.local import RunSummary, find_local, local_file, local_runs, outbox_root
+from elman.tracking.store import RunStore
+from elman.training.checkpoint import BEST, LAST, STATE, States, write_whole
 from elman.training.loading import provenance, read_checkpoint
-from elman.training.lock import FolderLock, checkpoint_folder
+from elman.training.lock import FolderLock, is_interrupted
 
 CHANGEABLE = frozenset(
     {
@@ -40,6 +42,9 @@ CHANGEABLE = frozenset(
 """Settings that may differ from then on."""
 
 UNRECORDED = frozenset({"tracking.uri"})
+
+SHAPELESS = tuple(sorted(name for name in CHANGEABLE if name.startswith(("tracking.", "trainer.checkpoint_"))))
+"""Those of them that configurations of one signature may differ in."""
 
 
 @dataclass
@@ -133,10 +138,10 @@ def resumed(
         ModelError: It left no state on this machine, nor among its artifacts.
         UnusableCheckpointsError: Every state is damaged.
     """
-    run = store.find_run(reference)
+    run = find_to_resume(reference, store)
     if "trial.number" in run.tags:
         raise TrackingError(f"Run {run.id[:12]} is a trial of study {run.tags.get('study.name')}: search again.")
-    folder = checkpoint_folder(run.local_id)
+    folder = run.checkpoints
     trained_here = folder.exists()
     if run.status == "RUNNING" and not trained_here and "train/loss" in run.metrics:
         raise TrackingError(
@@ -145,12 +150,35 @@ def resumed(
         )
     with FolderLock(folder):
         try:
-            found = _find(store.find_run(run.id), States(folder), store, changes, file, trained_here)
+            found = _find(find_to_resume(run.id, store), States(folder), store, changes, file, trained_here)
         except BaseException:
             if not trained_here:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         yield found
+
+
+def find_to_resume(reference: str, store: RunStore) -> RunSummary:
+    """A run as the store has it; while that is away, or has not heard of it, as its outbox on this machine does.
+
+    Raises:
+        TrackingError: There is no such run, or none whose outbox is here.
+    """
+    if store.away is None:
+        try:
+            return store.find_run(reference)
+        except TrackingError:
+            run = find_local(reference)
+            if run is None or not run.is_unheard:
+                raise
+            return run
+    run = find_local(reference)
+    if run is None:
+        raise TrackingError(
+            f"The tracking store {without_password(store.uri)} does not answer ({store.away}), and {outbox_root()} "
+            f"holds no run {reference} to go on with: start the server, or go to the folder where it was trained."
+        )
+    return run
 
 
 def _find(
@@ -186,6 +214,32 @@ def _find(
     return Resumption(run, config, changed, states, path, checkpoint, notes)
 
 
+def find_unfinished(config: ExperimentConfig, digest: str, store: RunStore) -> RunSummary | None:
+    """The newest run with these settings, on this text, that was stopped or killed; None where there is none.
+
+    Args:
+        config: The settings.
+        digest: The corpus's.
+        store: Where to look; while it is away, among the outboxes on this machine.
+    """
+    alike = {"config.signature": signature(config), "corpus.digest": digest}
+    runs = [run for run in local_runs() if store.away is not None or run.is_unheard]
+    if store.away is None:
+        runs += store.runs(filter_string=" and ".join(f"tags.`{k}` = '{v}'" for k, v in alike.items()), limit=100)
+    for run in sorted(runs, key=lambda run: run.started, reverse=True):
+        if run.is_experiment and alike.items() <= run.tags.items() and "mlflow.parentRunId" not in run.tags:
+            goes_on = is_interrupted(run) or (run.status == "KILLED" and _left_something(run, store))
+            return run if goes_on else None
+    return None
+
+
+def _left_something(run: RunSummary, store: RunStore) -> bool:
+    """Whether a run that was stopped can be gone on with from here."""
+    if run.checkpoints.exists() or "train/loss" not in run.metrics:
+        return True
+    return store.away is None and store.has_artifact(run.id, f"checkpoints/{LAST}")
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path / STATE)
     if "resume" not in checkpoint:
@@ -197,11 +251,11 @@ def _from_artifacts(run: RunSummary, states: States, store: RunStore) -> Path | 
     """The state that a run handed over when it ended."""
     with tempfile.TemporaryDirectory(dir=states.folder) as name:
         try:
-            last = store.download(run.id, "checkpoints/last.ckpt", Path(name))
+            last = store.download(run.id, f"checkpoints/{LAST}", Path(name))
         except TrackingError:
             return None  # ended before its first checkpoint: it begins again, and repeats what it did
         try:
-            best = store.download(run.id, "checkpoints/best.ckpt", Path(name))
+            best = store.download(run.id, f"checkpoints/{BEST}", Path(name))
         except TrackingError:
             best = None
         read_checkpoint(last)
@@ -213,8 +267,12 @@ def _from_artifacts(run: RunSummary, states: States, store: RunStore) -> Path | 
 
 def _begun_with(run: RunSummary, store: RunStore) -> ExperimentConfig:
     with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "config.yaml"
+        if (waiting := local_file(run, path.name)) is not None:
+            path.write_bytes(waiting)
+            return load_config(ExperimentConfig, path)
         try:
-            path = store.download(run.id, "config.yaml", Path(name))
+            path = store.download(run.id, path.name, Path(name))
         except TrackingError:
             raise ModelError(f"Run {run.id[:12]} ended before it began to train: start a new run.") from None
         return load_config(ExperimentConfig, path)
