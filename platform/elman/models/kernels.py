@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.scan import linear_recurrence
+from elman.models.scan import linear_recurrence, minimal_gates
 
 LayerState = tuple[Tensor, ...]
 """The h of a layer, and for the LSTM its c too; each (B, H)."""
@@ -87,20 +87,6 @@ def _gru_reset_before_window(
         h_BH = torch.lerp(h_BH, candidate_BH.to(kept), z_BH.to(kept))  # under autocast, h stays whole
         outputs.append(h_BH)
     return torch.stack(outputs, dim=1), (h_BH,)
-
-
-def minimal_gates(kind: str, gates_BTG: Tensor) -> tuple[Tensor, Tensor]:
-    """What a minimal cell keeps of its state, and what it adds, each (B, T, H) in at least single precision.
-
-    1 − σ(x) is σ(−x), and f / (f+i) is σ(log f − log i): neither cancels, nor divides 0 by 0.
-    """
-    gates_BTG = gates_BTG.to(torch.promote_types(gates_BTG.dtype, torch.float32))
-    if kind == "mingru":
-        z_BTH, candidate_BTH = gates_BTG.chunk(2, dim=-1)
-    else:
-        f_BTH, i_BTH, candidate_BTH = gates_BTG.chunk(3, dim=-1)
-        z_BTH = F.logsigmoid(i_BTH) - F.logsigmoid(f_BTH)
-    return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * candidate_BTH
 
 
 def _minimal_window(kind: str) -> Window:

@@ -1,9 +1,9 @@
-"""A stack of recurrent layers on torch's fast kernels, or in bfloat16 on the compiled one of fused.py.
+"""A stack of recurrent layers on torch's fast kernels, or on the compiled ones of fused.py and scan.py.
 
 Each layer is a module of its own, so that widths, dropout, norms and residuals between
 layers are ours to place. Everything runs batch-first: on CPU torch's kernels are as fast so as
-time-major, and on GPU cuDNN transposes once; the compiled kernel's outputs are batch-first
-views of time-major memory.
+time-major, and on GPU cuDNN transposes once; the outputs of fused.py are batch-first views of
+time-major memory.
 
 Shape suffixes: B batch, T time steps, I input, H hidden.
 """
@@ -20,11 +20,12 @@ from elman.models.dropout import Dropout, drop_weight
 from elman.models.fused import Rows, fused_window, is_fused
 from elman.models.initialization import initialize_recurrent
 from elman.models.kernels import STEPS, WEIGHT_HOLDERS, WINDOWS, LayerState, Weights
+from elman.models.scan import is_scanned, scanned_window
 from elman.models.state import State, expand
 
 
 class RecurrentLayer(nn.Module):
-    """One recurrent layer: torch's own, or the textbook's GRU.
+    """One recurrent layer: torch's own, the textbook's GRU, or a minimal cell.
 
     The kernels are called directly, not through the module that holds the weights: weight
     dropout replaces one of them, which torch.nn.RNNBase does not allow for (it keeps a list
@@ -63,16 +64,20 @@ class RecurrentLayer(nn.Module):
         is_step = (x.index_BT if isinstance(x, Rows) else x).shape[1] == 1 and not torch.is_grad_enabled()
         if not is_step and is_fused(self.kind, weights[1]):
             return fused_window(self.kind, x, state, weights)
-        x_BTI = x.dense() if isinstance(x, Rows) else x
-        if _autocast_without_hardware(x_BTI):
+        if _autocast_without_hardware(weights[0]):
             # Where the processor does not multiply in bfloat16, oneDNN's LSTM refuses it and the others crawl.
             with torch.autocast("cpu", enabled=False):
-                return self._run(x_BTI.float(), state, weights)
-        return self._run(x_BTI, state, weights)
+                return self._run(x if isinstance(x, Rows) else x.float(), state, weights, is_step)
+        return self._run(x, state, weights, is_step)
 
-    def _run(self, x_BTI: Tensor, state: LayerState, weights: Weights) -> tuple[Tensor, LayerState]:
+    def _run(
+        self, x: Tensor | Rows, state: LayerState, weights: Weights, is_step: bool
+    ) -> tuple[Tensor, LayerState]:
+        if not is_step and is_scanned(self.kind, weights[0]):
+            return scanned_window(self.kind, x, state, weights)
+        x_BTI = x.dense() if isinstance(x, Rows) else x
         state = tuple(part.to(x_BTI.dtype) for part in state)  # autocast leaves them in mixed types
-        if x_BTI.shape[1] == 1 and not torch.is_grad_enabled():
+        if is_step:
             state = STEPS[self.kind](x_BTI[:, 0], state, weights)
             return state[0].unsqueeze(1), state
         return WINDOWS[self.kind](x_BTI, state, weights, self.training)
@@ -123,10 +128,10 @@ class RecurrentStack(nn.Module):
         return x, tuple(after)
 
 
-def _autocast_without_hardware(x_BTI: Tensor) -> bool:
+def _autocast_without_hardware(like: Tensor) -> bool:
     return (
         torch.is_autocast_enabled("cpu")
-        and x_BTI.device.type == "cpu"
+        and like.device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

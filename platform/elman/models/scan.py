@@ -1,15 +1,48 @@
-"""Linear recurrences over a window, all steps at once: what the minimal cells need no loop for.
+"""Minimal gated recurrences over a window, without a loop over its steps.
 
-Shape suffixes: B batch, T time steps, H hidden.
+Given the gates they are linear in their state, h_t = keep_t ⊙ h_{t-1} + add_t. In torch all
+steps of such a recurrence are computed at once, anywhere and in any precision; on the CPU, in
+single precision or bfloat16, the compiled kernel of scan.cpp does it in order of time, which
+reads everything once, and finds its parallel work in the units.
+
+Shape suffixes: B batch, T time steps, I input, H hidden, G gates × hidden, V rows of a table.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from elman.models.compiled import load_library
+from elman.models.fused import Rows
+
+SOURCE = Path(__file__).with_name("scan.cpp")
+GATES = {"mingru": 2, "minlstm": 3}
+
+
+# In torch -------------------------------------------------------------------------------
+
+
+def minimal_gates(kind: str, gates_BTG: Tensor) -> tuple[Tensor, Tensor]:
+    """What a minimal cell keeps of its state, and what it adds, each (…, H), in single precision at least.
+
+    1 − σ(x) is σ(−x), and f / (f+i) is σ(log f − log i): neither cancels, nor divides 0 by 0.
+    """
+    gates_BTG = gates_BTG.to(torch.promote_types(gates_BTG.dtype, torch.float32))
+    if kind == "mingru":
+        z_BTH, candidate_BTH = gates_BTG.chunk(2, dim=-1)
+    else:
+        f_BTH, i_BTH, candidate_BTH = gates_BTG.chunk(3, dim=-1)
+        z_BTH = F.logsigmoid(i_BTH) - F.logsigmoid(f_BTH)
+    return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * candidate_BTH
+
 
 
 def linear_recurrence(keep_BTH: Tensor, add_BTH: Tensor, h_BH: Tensor) -> Tensor:
@@ -70,3 +103,120 @@ def _scan(keep_BTH: Tensor, add_BTH: Tensor) -> Tensor:
     between_BTH = after_BTH[:, : (length - 1) // 2]
     out_BTH[:, 2::2] = torch.addcmul(add_BTH[:, 2::2], keep_BTH[:, 2::2], between_BTH)
     return out_BTH
+
+
+# Compiled -------------------------------------------------------------------------------
+
+
+class _Window(ctypes.Structure):
+    """struct Window of scan.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "is_bf16")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("tokens", "gates", "bias", "h", "before"),
+                *("outputs", "d_outputs", "d_gates", "d_bias"),
+            )
+        ),
+    )
+
+
+def is_scanned(kind: str, like: Tensor) -> bool:
+    """Whether the kernel computes this kind of cell with weights such as these."""
+    return kind in GATES and like.device.type == "cpu" and like.dtype == torch.float32 and _kernels() is not None
+
+
+def scanned_window(
+    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run one layer over a window.
+
+    Args:
+        kind: One of ``GATES``.
+        x: Input (B, T, I), or rows to choose from, which are then multiplied once each.
+        state: The h before (B, H).
+        weights: As in kernels.py.
+
+    Returns:
+        The h of every step (B, T, H), in bfloat16 where autocast says so, and the last one in float32.
+
+    Raises:
+        IndexError: If there is no row of an index.
+    """
+    weight_ih, _, bias_ih, _ = weights
+    tokens_BT: Tensor | None = None
+    if isinstance(x, Rows):
+        tokens_BT = x.index_BT.contiguous()
+        smallest, largest = torch.aminmax(tokens_BT)
+        if smallest < 0 or largest >= x.rows_VI.shape[0]:  # the kernel would read what is not there
+            raise IndexError(f"index out of range: {smallest} to {largest} of {x.rows_VI.shape[0]} rows")
+    gates = F.linear(x.rows_VI if isinstance(x, Rows) else x, weight_ih)
+    if gates.dtype != torch.bfloat16:
+        gates = gates.float()
+    out_BTH, last_BH = _ScannedWindow.apply(kind, gates, tokens_BT, bias_ih, state[0])  # type: ignore[no-untyped-call]
+    return out_BTH, (last_BH,)
+
+
+class _ScannedWindow(torch.autograd.Function):
+    """The recurrence alone: inputs are already multiplied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: str, gates: Tensor, tokens_BT: Tensor | None, bias_G: Tensor, h_BH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gates are (B, T, G), or with tokens a table (V, G)."""
+        gates, bias_G = gates.detach().contiguous(), bias_G.detach().float().contiguous()
+        before_BH = h_BH.detach().float().contiguous()
+        last_BH = before_BH.clone()
+        length = gates.shape[1] if tokens_BT is None else tokens_BT.shape[1]
+        out_BTH = gates.new_empty(last_BH.shape[0], length, last_BH.shape[1])
+        _call(kind, {"tokens": tokens_BT, "gates": gates, "bias": bias_G, "h": last_BH, "outputs": out_BTH})
+        ctx.save_for_backward(gates, tokens_BT, bias_G, before_BH, out_BTH)
+        ctx.kind = kind
+        return out_BTH, last_BH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTH: Tensor, d_last_BH: Tensor) -> tuple[Tensor | None, ...]:
+        """In the opposite order; the gates' functions are computed again."""
+        gates, tokens_BT, bias_G, before_BH, out_BTH = ctx.saved_tensors
+        d_gates = torch.empty_like(gates) if tokens_BT is None else torch.zeros_like(gates, dtype=torch.float32)
+        d_bias_G = torch.zeros_like(bias_G)
+        d_h_BH = d_last_BH.to(torch.float32, copy=True).contiguous()
+        call = {
+            "tokens": tokens_BT,
+            "gates": gates,
+            "bias": bias_G,
+            "h": d_h_BH,
+            "before": before_BH,
+            "outputs": out_BTH,
+            "d_outputs": d_out_BTH.to(gates.dtype).contiguous(),
+            "d_gates": d_gates,
+            "d_bias": d_bias_G,
+        }
+        _call(ctx.kind, call, is_forward=False)
+        return None, d_gates.to(gates.dtype), None, d_bias_G, d_h_BH
+
+
+def _call(kind: str, tensors: dict[str, Tensor | None], *, is_forward: bool = True) -> None:
+    outputs = tensors["outputs"]
+    assert outputs is not None
+    batch_size, length, hidden_size = outputs.shape
+    window = _Window(
+        threads=torch.get_num_threads(),
+        batch=batch_size,
+        steps=length,
+        hidden=hidden_size,
+        is_bf16=outputs.dtype == torch.bfloat16,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+    )
+    library = _kernels()
+    assert library is not None
+    getattr(library, f"elman_{kind}")(ctypes.byref(window), int(is_forward))
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    return load_library(SOURCE)
