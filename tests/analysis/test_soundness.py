@@ -196,10 +196,11 @@ def test_a_layer_with_another_gate_order_is_found(monkeypatch: pytest.MonkeyPatc
     assert_found(kernels, specimen(num_layers=2), "layer 1 (lstm) is not its equations")
 
 
-def test_a_compiled_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cell", "question"), [("gru", "is_fused"), ("minlstm", "is_scanned")])
+def test_a_compiled_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch, cell: str, question: str) -> None:
     from elman.analysis import kernels as module
 
-    monkeypatch.setattr(module, "is_fused", lambda kind, like: True)
+    monkeypatch.setattr(module, question, lambda kind, like: True)
     forward = RecurrentLayer.forward
 
     def wrong(self: RecurrentLayer, x: Any, state: Any) -> Any:
@@ -207,7 +208,7 @@ def test_a_compiled_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -
         return (out * 1.1 if torch.is_autocast_enabled("cpu") else out), after
 
     monkeypatch.setattr(RecurrentLayer, "forward", wrong)
-    assert_found(kernels, specimen(cell="gru"), "the compiled kernel is")
+    assert_found(kernels, specimen(cell=cell), "the compiled kernel is")
 
 
 def test_an_untied_copy_is_found() -> None:

@@ -13,6 +13,7 @@ from elman.analysis.specimen import BATCH, BUG, EXACT, STEPS, Specimen, distance
 from elman.models.cells import CELLS, CellWeights, unroll
 from elman.models.fused import is_fused
 from elman.models.recurrent import RecurrentLayer
+from elman.models.scan import is_scanned
 
 ROUNDED = 0.03
 """Relative distance of a window in bfloat16 from the exact one; its steps are of 0.4 to 0.8 percent."""
@@ -24,7 +25,7 @@ def kernels(specimen: Specimen) -> Outcome:
     layers = [layer for layer in specimen.model.modules() if isinstance(layer, RecurrentLayer)]
     if not layers:
         return ok("a transformer has no recurrence to compare")
-    has_fused = False
+    compiled = False
     for number, original in enumerate(layers, 1):
         layer = exact(original)
         case = LayerCase(layer)
@@ -33,16 +34,17 @@ def kernels(specimen: Specimen) -> Outcome:
             if not distance(found, wanted) <= EXACT:
                 apart = distance(found, wanted)
                 return failure(f"layer {number} ({layer.kind}) is not its equations, by {apart:.1e}", BUG)
+        weight_ih = cast(Tensor, layer.float().weights.weight_ih_l0)
         with torch.autocast("cpu", torch.bfloat16):
-            if not is_fused(layer.kind, cast(Tensor, layer.weights.weight_hh_l0)):
+            if not (is_fused(layer.kind, weight_ih) or is_scanned(layer.kind, weight_ih)):
                 continue
-            has_fused = True
-            rounded = case.results(layer.float(), torch.float32)
+            compiled = True
+            rounded = case.results(layer, torch.float32)
         apart = _norm_distance(rounded[0], expected[0])
         if not apart <= ROUNDED:
             return failure(f"the compiled kernel is {apart:.1%} away from the equations of layer {number}", BUG)
     said = f"{layers[0].kind}: equal to the written-out equations, forward and backward"
-    return ok(f"{said}; in bf16 the compiled one to {ROUNDED:.0%}" if has_fused else said)
+    return ok(f"{said}; in bf16 the compiled one to {ROUNDED:.0%}" if compiled else said)
 
 
 class LayerCase:
