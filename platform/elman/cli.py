@@ -249,8 +249,8 @@ def sync(arguments: Sequence[str]) -> int:
             print(f"run {run}: {count:,} records delivered")
         for run, count in result.refused.items():
             print(f"run {run}: the store refuses {count:,} records")
-        for run in result.busy:
-            print(f"run {run}: left to the process that has it open")
+        for mark in result.busy:
+            print(f"mlruns/outbox/{mark}: left to the process that has it open")
         if not (result.delivered or result.waiting or result.busy):
             print("Nothing waits.")
     if result.waiting:

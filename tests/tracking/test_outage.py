@@ -25,10 +25,11 @@ import pytest
 from elman.cli import main
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.tracking import sender
-from elman.tracking.local import outboxes
+from elman.tracking.local import local_runs, outboxes
 from elman.tracking.outbox import Outbox
 from elman.tracking.store import RunStore
 from elman.training.experiment import RunResult, run_experiment
+from elman.training.lock import is_interrupted
 from elman.training.progress import Silence
 from outage_support import Proxy, Server, holdings, postgres_server
 from support import make_text, small_disk_at, tiny
@@ -99,7 +100,10 @@ def train(acts: dict[int, Any] | None = None, config: ExperimentConfig | None = 
 def undisturbed(server: Server) -> dict[str, Any]:
     """What a run on this server comes to; one training serves all tests."""
     if server.peace is None:
-        server.peace = holdings(RunStore(TrackingConfig()), train().run_id)
+        run_id = train().run_id
+        assert main(["sync"]) == 0  # on a busy machine the server may have been too slow for the command's end
+        store, run_id = found(run_id)
+        server.peace = holdings(store, run_id)
     return copy.deepcopy(server.peace)
 
 
@@ -231,10 +235,71 @@ def test_a_server_that_is_stopped_and_started_again_gets_everything(
 def test_answers_after_six_seconds_hold_nothing_up(proxy: Proxy, place: Path) -> None:
     slow = train({3: lambda: setattr(proxy, "mode", "slow")})
     [folder] = outboxes()
-    assert folder.name == slow.run_id
     proxy.mode = "pass"
     assert main(["sync"]) == 0
+    assert found(slow.run_id)[0].find_run(slow.run_id).mark == folder.name
     assert not outboxes()
+
+
+@on_sqlite
+def test_one_deadline_covers_every_answer_that_the_start_waits_for(
+    proxy: Proxy, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elman.tracking.store.START_SECONDS", 2.0)
+    proxy.mode, proxy.delay = "slow", 0.7  # three answers, each of them in time, and the last one too late
+    with RunStore(TrackingConfig(), may_be_away=True).start_run(ExperimentConfig(), "r", {}) as run:
+        assert "no answer within" in (run.store.away or "")
+        proxy.mode = "pass"
+    store = RunStore(TrackingConfig())
+    assert runs_named(store, store.find_run(run.id).mark) == 1
+
+
+# Killed, and gone on with, while the store is away -----------------------------------------------
+
+
+@on_sqlite
+@pytest.mark.parametrize("at_first", ["pass", "drop"])
+def test_a_run_is_gone_on_with_in_an_outage_whether_the_store_knows_it_or_not(
+    server: Server, proxy: Proxy, place: Path, at_first: str
+) -> None:
+    expected = undisturbed(server)
+    proxy.mode = at_first
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r}); sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from elman.tracking import sender, store
+sender.SEND_SECONDS, store.START_SECONDS = 0.02, {1.0 if at_first == "drop" else 60.0}
+from test_outage import train
+train({{27: lambda: os.kill(os.getpid(), signal.SIGKILL)}})
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    proxy.mode = "drop"
+    [run] = local_runs()
+    assert is_interrupted(run)
+    assert run.is_unheard == (at_first == "drop")
+    result = run_experiment(configuration(), reporter=Acting({}), go_on=True)
+    assert result.run_id == run.id
+    proxy.mode = "pass"
+    assert main(["sync"]) == 0
+    store, run_id = found(run.id)
+    late = holdings(store, run_id)
+    assert late["tags"].pop("resume.1") == "from step 20"
+    assert late["tags"].pop("resume.count") == "1"
+    assert late == expected
+    assert len(store.runs(filter_string=f"tags.`{sender.MARK}` = '{run.mark}'")) == 1
+
+
+@on_sqlite
+def test_an_outage_leaves_only_what_is_here_to_go_on_with(
+    proxy: Proxy, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.mode = "drop"
+    assert main(["train", "--resume", "0123456789ab"]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "loading" not in line]
+    assert "does not answer (it closes the connection)" in line
+    assert "holds no run 0123456789ab to go on with" in line
+    assert not (place / "mlruns").exists()
 
 
 @on_sqlite
@@ -268,9 +333,10 @@ def test_a_password_in_the_address_is_not_kept_and_sync_asks_for_it(
 def test_a_run_that_is_being_trained_is_left_to_its_process(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunStore().start_run(ExperimentConfig(), "r", {}) as run:
+    with RunStore().start_run(ExperimentConfig(), "r", {}):
+        [folder] = outboxes()
         assert main(["sync", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["busy"] == [run.id]
+        assert json.loads(capsys.readouterr().out)["busy"] == [folder.name]
 
 
 def test_the_first_value_of_a_metric_at_a_step_stands_and_survives_a_kill(tmp_path: Path) -> None:

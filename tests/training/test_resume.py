@@ -356,6 +356,39 @@ def test_a_run_whose_process_is_gone_is_interrupted_and_one_that_trains_is_not(s
     assert not is_interrupted(store.find_run(stopped))
 
 
+def test_a_run_killed_before_it_held_its_folder_is_interrupted_and_names_its_command(
+    bench: torture.Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = bench.place()
+    assert bench.run(work, "gru", kills=[(torture.LOCK, 1, "before")]) == -signal.SIGKILL
+    monkeypatch.chdir(work)
+    assert main(["runs"]) == 0
+    run_id = torture.begun_run(work)
+    assert f"elman train --resume {run_id}" in capsys.readouterr().out
+    bench.finish(work, "gru", resume=run_id)
+    assert torture.begun_run(work) == run_id
+
+
+def test_the_same_command_goes_on_with_what_was_stopped_and_with_nothing_else(
+    store: RunStore, stopped: str, text_file: Path
+) -> None:
+    config = tiny(text_file)
+    assert run_experiment(tiny(text_file, model__hidden_size=17), store, go_on=True).run_id != stopped
+    assert run_experiment(config, store, go_on=True).run_id == stopped
+    assert store.find_run(stopped).tags["resume.1"] == "from step 3"
+    again = run_experiment(config, store, go_on=True)
+    assert again.run_id != stopped  # that one is finished
+    with pytest.raises(StoppedError) as stop:
+        run_experiment(config, store, Stopper(3, signal.SIGTERM))
+    text_file.write_text(make_text(901, seed=9), encoding="utf-8")
+    assert run_experiment(config, store, go_on=True).run_id not in (stopped, again.run_id, stop.value.run_id)
+
+
+def test_the_same_command_takes_over_where_a_run_is_tracked(store: RunStore, stopped: str, text_file: Path) -> None:
+    again = run_experiment(tiny(text_file, tracking__register="bard"), store, go_on=True)
+    assert (again.run_id, again.registered) == (stopped, "models:/bard/1 (champion)")
+
+
 def test_what_shapes_the_training_cannot_change_in_its_middle(store: RunStore, stopped: str) -> None:
     for changes, says in (
         ({"optimizer.lr": 0.5}, r"^optimizer\.lr is 0\.003 in run \w+ and cannot become 0\.5 in the middle of it"),

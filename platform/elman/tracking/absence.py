@@ -113,7 +113,7 @@ class Call:
         """
         self._thread.join(seconds)
         if self._thread.is_alive():
-            raise TimeoutError(f"no answer within {seconds:g} s")
+            raise TimeoutError(f"no answer within {round(seconds or 0, 1):g} s")
         if self._error is not None:
             raise self._error
         return self._answer

@@ -49,7 +49,7 @@ STALL_SECONDS = 5.0
 """Without success, after which a command that is done waits no longer for a store that is away."""
 
 SLOW_SECONDS = {True: 120.0, False: 5.0}
-"""The same, for a request that has not come back; by whether the store is a file on this machine."""
+"""The same, for a request that has not come back; True where the store is a file on this machine, or there is time."""
 
 TOO_SLOW_SECONDS = 3.0
 """For one answer, where many are wanted."""
@@ -132,11 +132,12 @@ class Sender:
                     )  # fmt: skip
                 pause = min(LONGEST_PAUSE, 2 * pause)
 
-    def drain(self, patience: float = STALL_SECONDS) -> int:
+    def drain(self, patience: float = STALL_SECONDS, *, hurried: bool = True) -> int:
         """Deliver what waits, as long as the store takes it; returns what waits still.
 
         Args:
             patience: Seconds without success after which to give up where the store is away.
+            hurried: Whether to give up, too, where it answers, but slowly.
         """
         begun = again = time.monotonic()
         while waiting := self._outbox.waiting():
@@ -149,8 +150,8 @@ class Sender:
             if self.reason is not None and idle > patience:
                 self.verdict = self.reason
                 break
-            slow = max(patience, SLOW_SECONDS[self._store.is_file])
-            if self._pace > TOO_SLOW_SECONDS and time.monotonic() - begun > slow:
+            slow = max(patience, SLOW_SECONDS[self._store.is_file or not hurried])
+            if hurried and self._pace > TOO_SLOW_SECONDS and time.monotonic() - begun > slow:
                 self.verdict = f"it takes {self._pace:.1f} s to answer"
                 break
             if in_hand is not None and min(time.monotonic() - in_hand, idle) > slow:

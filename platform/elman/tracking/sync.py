@@ -21,7 +21,7 @@ class SyncResult:
         delivered: Run (its id in the store, where that is known) → records that the store took.
         waiting: Run → records that wait still.
         refused: Run → records that the store does not want.
-        busy: Runs whose outbox another process has open.
+        busy: Outboxes that another process has open, as their folders are called.
         reasons: Why records wait still, each once.
     """
 
@@ -65,7 +65,7 @@ def sync(config: TrackingConfig) -> SyncResult:
                 if isinstance(store, RunStore):
                     sender = Sender(outbox, store)
                     sender.start()
-                    sender.drain()
+                    sender.drain(hurried=False)
                     sender.stop()
                     reason = sender.verdict
                 else:
