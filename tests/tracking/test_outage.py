@@ -250,6 +250,7 @@ def test_one_deadline_covers_every_answer_that_the_start_waits_for(
     with RunStore(TrackingConfig(), may_be_away=True).start_run(ExperimentConfig(), "r", {}) as run:
         assert "no answer within" in (run.store.away or "")
         proxy.mode = "pass"
+    assert main(["sync"]) == 0
     store = RunStore(TrackingConfig())
     assert runs_named(store, store.find_run(run.id).mark) == 1
 
