@@ -1,12 +1,14 @@
 """Continuations of a prompt: sampled, greedy, or by beam search.
 
-The prompt is read once; after that each step feeds one token with the carried state.
+The prompt is read once; after that each step feeds one token with the carried state. Where
+``fast_generation`` has a kernel for the model, it takes the steps.
 
 Shape suffixes: B samples or beams, T time steps, V vocabulary, K the likeliest tokens.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,11 +18,16 @@ from torch import Tensor
 
 from elman.config.schema import GenerationConfig
 from elman.errors import ModelError
+from elman.models.fast_generation import FastGenerator, is_fast
 from elman.models.language_model import LanguageModel
 from elman.models.state import State, expand, select
 
 PROMPT_CHUNK = 256
 """Tokens of the prompt that are read at once: a long one must not fill the memory."""
+FIRST_CHUNK = 16
+"""Steps that the compiled kernel takes in its first call."""
+CHUNK_SECONDS = 0.02
+"""About how long its later calls take: text should be seen to appear, and little be thrown away after a stop."""
 
 
 class Hypothesis(NamedTuple):
@@ -111,6 +118,9 @@ def generate(
         generator = torch.Generator().manual_seed(config.seed)
         uniforms_TB = torch.rand(config.samples, config.length, generator=generator, dtype=torch.float64).T
         uniforms_TB = uniforms_TB.to(logits_BV.device)
+        if is_fast(model):
+            yield from _in_chunks(FastGenerator(model, config, logits_BV, state, bias_V, seen_BV), uniforms_TB)
+            return
         for step, uniform_B in enumerate(uniforms_TB.unbind(), start=1):
             ids_B = next_token(logits_BV, config, uniform_B, seen_BV)
             yield ids_B.tolist()
@@ -118,6 +128,21 @@ def generate(
                 seen_BV.scatter_(1, ids_B.unsqueeze(1), True)
             if step < config.length:
                 logits_BV, state = _step(model, ids_B, state, bias_V)
+
+
+def _in_chunks(generator: FastGenerator, uniforms_TB: Tensor) -> Iterator[list[int]]:
+    """Ids step by step, of which as many are made at once as the clock allows: they do not depend on it."""
+    size = FIRST_CHUNK
+    while len(uniforms_TB) > 0:
+        begin = time.perf_counter()
+        ids_TB = generator.advance(uniforms_TB[:size])
+        seconds = time.perf_counter() - begin
+        yield from ids_TB.tolist()
+        uniforms_TB = uniforms_TB[size:]
+        if seconds < CHUNK_SECONDS / 2:
+            size *= 2
+        elif seconds > CHUNK_SECONDS * 2:
+            size = max(1, size // 2)
 
 
 def next_token(
