@@ -21,7 +21,7 @@ from elman.config.load import Flags, load_config
 from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.config.search import SearchConfig
 from elman.config.tournament import TournamentSettings
-from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError, TrackingError
+from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError, TrackingError, one_line
 
 if TYPE_CHECKING:
     from elman.analysis.finding import Finding
@@ -753,7 +753,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except ElmanError as error:
-        print(f"elman: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"elman: {one_line(str(error))}", file=sys.stderr)
         return 2
     except (DivergenceError, SearchFailedError) as error:
         print(f"elman: {error}", file=sys.stderr)

@@ -4,6 +4,17 @@ Every mistake a user can make ends as an ElmanError; the command line prints its
 message and exits with code 2. Anything else is a failure of ours.
 """
 
+LONGEST_LINE = 1000
+"""Characters of a message; what a file holds, or an attacker named it, may be of any length."""
+
+
+def one_line(message: str) -> str:
+    """A message fit for a terminal: one line, no control or invisible characters, its middle cut where it is long."""
+    words = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    half = LONGEST_LINE // 2
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:half]} … {shown[-half:]}"
+
 
 class ElmanError(Exception):
     """A mistake the user can mend; the message names what, its value and the remedy."""

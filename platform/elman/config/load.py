@@ -68,12 +68,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ConfigError(f"{path} is larger than {LARGEST_FILE:,} bytes: is it a configuration?")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give a YAML file of settings.") from None
-    except ValueError:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)  # a device has no size, and no end
+    except (OSError, ValueError) as error:  # the latter of a NUL in the path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read ({why}): give a YAML file of settings.") from None
+    if len(content) > LARGEST_FILE:
+        raise ConfigError(f"{path} is larger than {LARGEST_FILE:,} bytes: is it a configuration?")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a UTF-8 text: give a YAML file of settings.") from None
     try:
         tree = yaml.load(text, Loader=_PlainLoader)

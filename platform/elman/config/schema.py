@@ -31,6 +31,12 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value!r}.")
 
 
+def _count(name: str, value: int, most: int) -> None:
+    """Refuse a count below 1, or so large that it would only exhaust the memory."""
+    require(value >= 1, name, value, "at least 1")
+    require(value <= most, name, value, f"at most {most}")
+
+
 def _positive(name: str, value: float | None) -> None:
     require(value is None or (value > 0 and isfinite(value)), name, value, "a positive number")
 
@@ -122,6 +128,8 @@ class CorpusConfig:
             least = 257 if self.level == "bpe" else 3
             require(self.vocabulary_size >= least, "corpus.vocabulary_size", self.vocabulary_size,
                      f"at least {least} at corpus.level {self.level}")
+            require(self.level != "bpe" or self.vocabulary_size <= 10**6, "corpus.vocabulary_size",
+                    self.vocabulary_size, "at most 1000000 at corpus.level bpe")
         if self.level in ("byte", "bpe"):
             require(self.min_count == 1, "corpus.min_count", self.min_count,
                      f"1 at corpus.level {self.level}, which has no unknown tokens")
@@ -200,12 +208,12 @@ class ModelConfig:
     """Tokens in the padded window of head last_step."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
+        for name, most in (("embedding_size", 10**6), ("hidden_size", 10**6), ("num_layers", 1000),
+                           ("num_heads", 1000), ("max_sequence_length", 10**6), ("last_hidden_size", 10**6),
+                           ("parameter_budget", 10**12)):  # fmt: skip
             value = getattr(self, name)
-            require(value >= 1, f"model.{name}", value, "at least 1")
-        for name in ("last_hidden_size", "parameter_budget"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name}", value, "at least 1, or null")
+            if value is not None:
+                _count(f"model.{name}", value, most)
         for name in ("dropout", "embedding_dropout", "input_dropout", "layer_dropout", "output_dropout",
                      "weight_dropout"):
             _probability(f"model.{name}", getattr(self, name))
@@ -381,7 +389,9 @@ class TrainerConfig:
         for name in ("accumulate_windows", "log_every_steps"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name}", value, "at least 1")
+        require(self.threads is None or self.threads <= 4096, "trainer.threads", self.threads, "at most 4096")
         require(self.sample_length >= 0, "trainer.sample_length", self.sample_length, "zero or more")
+        require(self.sample_length <= 10**6, "trainer.sample_length", self.sample_length, "at most 1000000")
         if self.max_epochs is None and self.max_steps is None and self.max_minutes is None:
             raise ConfigError(
                 "trainer.max_epochs, trainer.max_steps and trainer.max_minutes are all null: "
@@ -468,9 +478,10 @@ class GenerationConfig:
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "beams", "samples"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name}", value, "at least 1")
+        for name, most in (("length", 10**7), ("beams", 1000), ("samples", 10_000)):
+            _count(f"--{name}", getattr(self, name), most)
+        require(self.samples * self.length <= 10**8, "--samples", self.samples,
+                f"at most {10**8 // self.length} with --length {self.length}")
         _not_negative("--temperature", self.temperature)
         require(self.top_k is None or self.top_k >= 1, "--top_k", self.top_k, "at least 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "--top_p", self.top_p, "above 0 and at most 1")

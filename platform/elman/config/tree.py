@@ -15,11 +15,15 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
+from math import inf
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elman.errors import ConfigError
 
 T = TypeVar("T")
+
+LARGEST_INTEGER = 2**63 - 1
+"""What the libraries below and the databases hold."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ class _MismatchError(Exception):
     pass
 
 
+class _TooLargeError(Exception):
+    pass
+
+
 def _coerce(hint: Any, value: Any) -> Any:
     """The value in the setting's type, or _MismatchError. Nothing is converted but int to float and list to tuple."""
     origin, args = get_origin(hint), get_args(hint)
@@ -182,7 +190,9 @@ def _coerce(hint: Any, value: Any) -> Any:
             return None
         raise _MismatchError
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 2**1023 else value
+        return float(value) if abs(value) < 2**1023 else inf if value > 0 else -inf
+    if hint is int and type(value) is int and abs(value) > LARGEST_INTEGER:
+        raise _TooLargeError
     # bool is an int to isinstance, never to a user
     if type(value) is hint:
         return value
@@ -199,6 +209,8 @@ def coerce(setting: Setting, value: Any) -> Any:
         return _coerce(setting.type, value)
     except _MismatchError:
         raise ConfigError(f"{setting.name} must be {describe_type(setting.type)}, got {value!r}.") from None
+    except _TooLargeError:
+        raise ConfigError(f"{setting.name} must be at most {LARGEST_INTEGER}, got an integer beyond it.") from None
 
 
 def build(cls: type[T], flat: Mapping[str, Any]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,24 @@ from elman.errors import ConfigError
 
 if TYPE_CHECKING:
     from elman.models.language_model import LanguageModel  # which solves its size here
+
+BYTES_IN_TRAINING = 16
+"""Of a parameter: itself, its gradient and Adam's two moments, in single precision."""
+
+
+def refuse_what_no_memory_holds(config: ModelConfig, parameters: int) -> None:
+    """Refuse a model that would be killed while it is made, or in its first step.
+
+    Raises:
+        ConfigError: Training it takes more memory than the machine has.
+    """
+    needed, there = parameters * BYTES_IN_TRAINING, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"model.hidden_size {config.hidden_size}, model.num_layers {config.num_layers} and model.embedding_size "
+            f"{config.embedding_size} make {parameters:,} parameters, whose training takes {needed / 1e9:,.0f} GB, and "
+            f"this machine has {there / 1e9:,.0f}: lower one of them."
+        )
 
 
 def count_parameters(model: LanguageModel) -> dict[str, int]:

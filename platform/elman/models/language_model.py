@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elman.config.schema import RECURRENT_CELLS, ModelConfig
 from elman.errors import ConfigError, ModelError
-from elman.models.count import count_parameters, solve_hidden_size
+from elman.models.count import count_parameters, refuse_what_no_memory_holds, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
 from elman.models.fused import Rows
 from elman.models.initialization import (
@@ -258,7 +258,7 @@ def build_model(
     """Build the model, choosing hidden_size where the config gives a parameter_budget.
 
     Raises:
-        ConfigError: If no hidden size keeps the budget.
+        ConfigError: If no hidden size keeps the budget, or the memory cannot hold the model.
     """
     sizes = {
         "vocabulary_size": vocabulary_size,
@@ -266,12 +266,13 @@ def build_model(
         "start_id": start_id,
         "context_length": context_length,
     }
+
+    def total(hidden_size: int) -> int:
+        candidate = replace(config, hidden_size=hidden_size, parameter_budget=None)
+        with torch.device("meta"):  # shapes without storage
+            return count_parameters(LanguageModel(candidate, **sizes))["total"]
+
     if config.parameter_budget is not None:
-
-        def total(hidden_size: int) -> int:
-            candidate = replace(config, hidden_size=hidden_size, parameter_budget=None)
-            with torch.device("meta"):  # shapes without storage
-                return count_parameters(LanguageModel(candidate, **sizes))["total"]
-
         config = replace(config, hidden_size=solve_hidden_size(config, total), parameter_budget=None)
+    refuse_what_no_memory_holds(config, total(config.hidden_size))
     return LanguageModel(config, **sizes)

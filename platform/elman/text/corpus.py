@@ -224,7 +224,7 @@ class _RowStream:
 
         with _told(self.described):
             rows = datasets.load_dataset(self.path, split=self.split, streaming=self.streaming, **self.arguments)
-            columns = list(rows.column_names or next(iter(rows)))
+            columns = list(rows.column_names or next(iter(rows), {}))
         if self.column not in columns:
             raise missing_column(self.described, self.column, columns)
         number = 0
@@ -249,6 +249,8 @@ def _told(described: str) -> Iterator[None]:
         raise
     except Exception as error:  # it raises errors of five libraries, without a common base
         message = " ".join(str(error).split())[:300]
+        if "BatchSize must be greater than 0" in message:  # what it makes of a Parquet file without a row
+            raise DataError(f"{described}: holds no rows: name a file that holds text.") from error
         remedy = f" {OFFLINE_CHOICES}" if isinstance(error, ConnectionError) else ""
         raise DataError(f"{described}: cannot be read: {type(error).__name__}: {message}{remedy}") from error
 
@@ -258,6 +260,11 @@ def _on_hub(config: CorpusConfig, preset: Preset) -> Corpus:
     configuration = config.config or preset.config
     commit = resolve_commit(preset.repository, revision)
     described = f"hub:{preset.repository}"
+    if Path(preset.repository).exists():  # `datasets` would read that instead, and say nothing
+        raise DataError(
+            f"{described}: a file or folder {preset.repository} stands here, and would be read in its place: "
+            "give its path as corpus.name, or run elsewhere."
+        )
 
     def stream(split: str) -> Stream:
         return _RowStream(

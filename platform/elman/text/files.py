@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from elman.errors import DataError
@@ -37,23 +39,41 @@ def find_files(name: str, setting: str, known: Iterable[str] = ()) -> tuple[list
     Raises:
         DataError: If nothing is there, or nothing in it is text.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, mode = _look_at(name, setting)
+    if stat.S_ISDIR(mode):
         return _in_directory(path)
-    if path.exists():
-        if not path.is_file():  # a pipe would be read once and waited for ever after
+    if mode:
+        if not stat.S_ISREG(mode):  # a pipe would be read once and waited for ever after
             raise DataError(f"{setting}: {name} is neither a file nor a directory: save the text to a file.")
         _check_readable(path)
         return [path], []
     if glob.has_magic(name):
-        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = sorted(match for match in matches if match.is_file())
+        found = sorted(_matching(str(path)))
         if not found:
             raise DataError(f"{setting}: no file matches {name}: mend the pattern.")
         for match in found:
             _check_readable(match)
         return found, []
     raise DataError(f"{setting}: {name} is neither a corpus nor a path that exists.{_suggestion(path, known)}")
+
+
+def _look_at(name: str, setting: str) -> tuple[Path, int]:
+    """The path that a name stands for, and the mode of what is there; 0 where nothing is.
+
+    Raises:
+        DataError: It is no path, or a link that leads nowhere.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path, path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise DataError(f"{setting}: {name} is a link that leads nowhere: name a file.") from None
+        return path, 0
+    except OSError as error:
+        raise DataError(f"{setting}: {name} cannot be read: {error.strerror}: name another file.") from None
+    except (ValueError, RuntimeError) as error:  # a NUL in it; a ~user who does not exist
+        raise DataError(f"{setting}: {name} is no path ({error}): name a file or a directory.") from None
 
 
 def group_by_split(files: list[Path]) -> tuple[Splits, list[str]]:
@@ -87,7 +107,7 @@ def _in_directory(directory: Path) -> tuple[list[Path], list[str]]:
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         files += [Path(folder, entry) for entry in names if not entry.startswith(".")]
-    files.sort()
+    files = sorted(path for path in files if path.is_file() or path.is_symlink())  # a pipe would be waited for
     data = [path for path in files if _data_suffix(path)]
     warnings = []
     if data:
@@ -103,6 +123,31 @@ def _in_directory(directory: Path) -> tuple[list[Path], list[str]]:
     if not data:
         raise DataError(f"{directory}: the directory holds no text file: name another directory or a file.")
     return data, warnings
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Files that a glob matches. ``**`` follows no link, for one that leads upwards has no end."""
+    if "**" not in Path(pattern).parts:
+        return [match for match in map(Path, glob.glob(pattern)) if match.is_file()]  # noqa: PTH207 - takes absolute ones
+    parts = Path(pattern).parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    root, wanted = Path(*parts[:fixed]), parts[fixed:]
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [entry for entry in folders if not entry.startswith(".")]
+        paths = (Path(folder, entry) for entry in names)
+        found += [path for path in paths if _matches(path.relative_to(root).parts, wanted) and path.is_file()]
+    return found
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts are those of a glob; hidden ones match no wildcard."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (names[0][0] != "." and _matches(names[1:], pattern))
+    hidden = names[0][0] == "." and pattern[0][0] != "."
+    return not hidden and fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 def _check_readable(path: Path) -> None:

@@ -29,6 +29,7 @@ def resolve_commit(repository: str, revision: str | None) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -52,6 +53,8 @@ def resolve_commit(repository: str, revision: str | None) -> str:
         ) from None
     except RevisionNotFoundError:
         raise DataError(f"{described}: has no revision {revision!r}: check corpus.revision.") from None
+    except HFValidationError:
+        raise DataError(f"corpus.name: {described} names no data set: write hub:OWNER/NAME.") from None
     except OfflineModeIsEnabled:
         raise DataError(f"{described}: HF_HUB_OFFLINE is set, so the hub is not asked. {OFFLINE_CHOICES}") from None
     except HfHubHTTPError as error:

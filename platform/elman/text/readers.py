@@ -21,6 +21,7 @@ Batch = list[Piece]
 Normalise = Callable[[str, str], str]
 
 BLOCK = 1 << 20  # bytes read at once, and about the characters in a batch
+LARGEST_ROW = 1 << 28  # bytes of a line of .jsonl, which has to be held whole: a compressed one may be of any length
 _LEAST_ROWS = 4096  # rows after which a batch of tiny documents is full
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _BOM = codecs.BOM_UTF8
@@ -127,10 +128,7 @@ def _blocks(path: Path, file: BinaryIO, encoding_errors: str) -> Iterator[str]:
     offset = 0
     while block := file.read(BLOCK):
         if (nul := block.find(b"\0")) >= 0:
-            raise DataError(
-                f"{path}: byte {offset + nul} is NUL: this is no UTF-8 text"
-                f"{' but UTF-16, perhaps: save it as UTF-8' if nul < 4 else ''}."
-            )
+            raise DataError(f"{path}: byte {offset + nul} is NUL: {_instead_of_text(block if not offset else b'')}.")
         skipped = len(_BOM) if offset == 0 and block.startswith(_BOM) else 0
         pending = len(decoder.getstate()[0])
         try:
@@ -147,6 +145,22 @@ def _blocks(path: Path, file: BinaryIO, encoding_errors: str) -> Iterator[str]:
         raise _invalid(path, offset - pending + error.start, error) from None
     if text:
         yield text
+
+
+_KINDS = (
+    (0, b"PK", "zip archive"), (257, b"ustar", "tar archive"), (0, b"\x1f\x8b", "gzip file"), (0, b"BZh", "bzip2 file"),
+    (0, b"\xfd7zXZ", "xz file"), (0, b"\x28\xb5\x2f\xfd", "zstd file"), (0, b"7z\xbc\xaf", "7z archive"),
+    (0, b"Rar!", "rar archive"), (0, b"%PDF", "PDF"),
+)  # fmt: skip
+
+
+def _instead_of_text(start: bytes) -> str:
+    """What a file that holds a NUL is, and what to do about it."""
+    kind = next((kind for place, magic, kind in _KINDS if start[place : place + len(magic)] == magic), None)
+    if kind is not None:
+        return f"this is a {kind}, which is not unpacked here: take the text out of it, and name that"
+    perhaps = " but UTF-16, perhaps: save it as UTF-8" if b"\0" in start[:4] else ""
+    return f"this is no UTF-8 text{perhaps}"
 
 
 def _invalid(path: Path, offset: int, error: UnicodeDecodeError) -> DataError:
@@ -181,12 +195,14 @@ def _documents(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
 
 
 def _rows(path: Path, file: BinaryIO, column: str, encoding_errors: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(LARGEST_ROW + 1), b""), 1):
+        place = f"{path}:{number}"
+        if len(line) > LARGEST_ROW:
+            raise DataError(f"{place}: is longer than {LARGEST_ROW:,} bytes, and a row is held whole: cut it into rows.")
         if number == 1:
             line = line.removeprefix(_BOM)
         if not line.strip():
             continue
-        place = f"{path}:{number}"
         try:
             row = json.loads(line.decode("utf-8", encoding_errors))
         except UnicodeDecodeError as error:
@@ -194,7 +210,7 @@ def _rows(path: Path, file: BinaryIO, column: str, encoding_errors: str) -> Iter
                 f"{place}: byte {error.start} of the line is not valid UTF-8: convert the file to UTF-8, or set "
                 "corpus.encoding_errors to replace or ignore."
             ) from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # the former also of an integer of thousands of digits
             raise DataError(f"{place}: is not JSON ({error}): mend or remove the line.") from None
         if not isinstance(row, dict):
             raise DataError(f"{place}: holds a JSON {type(row).__name__}, not an object with a column of text.")
