@@ -18,21 +18,24 @@ from elman.models.recurrent import RecurrentLayer
 
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
-SHAPES = [(1, 1, 5), (3, 2, 33), (64, 17, 512), (100, 3, 70), (5, 4, 16)]
+SHAPES = [(1, 1, 5), (3, 2, 33), (64, 17, 512), (100, 3, 70), (5, 4, 16), (20, 3, 400)]
 I, V = 12, 7  # noqa: E741
 every_kind = pytest.mark.parametrize("kind", LAYOUTS)
 
 
-@pytest.fixture(params=["native", "portable"], autouse=True)
+@pytest.fixture(params=["tiles", "vectors", "portable"], autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel in both of its builds."""
+    """The kernel with each kind of product that it has."""
     if not HAS_COMPILER:
         pytest.skip("no C++ compiler is installed")
-    if request.param == "native" and not HAS_BF16:
+    if request.param != "portable" and not HAS_BF16:
         pytest.skip("the processor has no AVX512-BF16")
     kernels = compiled.load_library(fused.SOURCE, portable=request.param == "portable")
     assert kernels is not None
+    if request.param == "tiles" and not kernels.elman_has_tiles():
+        pytest.skip("the processor has no matrix tiles")
     monkeypatch.setattr(fused, "_kernels", lambda: kernels)
+    monkeypatch.setattr(fused, "_has_tiles", lambda: request.param == "tiles")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -13,8 +13,9 @@
 // for the GRU n r z, then W_hn h + b_hn, so that both the input's gates and the recurrent ones
 // are neighbours; only weight_hh is in torch's order.
 //
-// Products take vdpbf16ps where the compiler may use it. Elsewhere the same source computes the
-// same with vectors of any width: slowly, but enough for tests.
+// Products take the processor's matrix tiles where it has them, else vdpbf16ps where the compiler
+// may use it. Elsewhere the same source computes the same with vectors of any width: slowly, but
+// enough for tests.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -27,6 +28,11 @@
 #if defined(__AVX512BF16__) && !defined(ELMAN_PORTABLE)
 #include <immintrin.h>
 #define ELMAN_BF16 1
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define ELMAN_TILES 1
+#endif
 #endif
 
 namespace {
@@ -198,9 +204,99 @@ void product(const Bits* a, long a_stride, const Bits* w, long pairs, float* c, 
     }
 }
 
-void product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
+void vector_product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
     (n == 4 ? product<4> : n == 3 ? product<3> : n == 2 ? product<2> : product<1>)(a, a_stride, w, pairs, c, rows);
 }
+
+// Tiles ------------------------------------------------------------------------------------
+
+// Matrix registers of sixteen rows of 64 bytes: 0 to 3 hold two by two tiles of C, 4 and 5 the rows
+// of A, 6 and 7 the columns of W, which lie in memory as the instruction wants them.
+
+constexpr long TILE = 16;  // rows of a tile, and pairs in one of its rows
+
+#ifdef ELMAN_TILES
+// The kernel saves tiles only of processes that have asked for them.
+bool tiles_allowed() {
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    static const bool allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return allowed;
+}
+
+thread_local long configured = 0;  // rows of the two tiles of A
+
+void configure(long upper, long lower) {
+    if (configured == upper * 100 + lower) return;
+    configured = upper * 100 + lower;
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } shape;
+    for (int tile = 0; tile < 8; tile++) {
+        shape.bytes[tile] = 4 * TILE;
+        shape.rows[tile] = tile > 5 ? TILE : tile == 2 || tile == 3 || tile == 5 ? std::max<long>(lower, 1) : upper;
+    }
+    _tile_loadconfig(&shape);
+}
+
+void release_tiles() {
+    if (configured) _tile_release();
+    configured = 0;
+}
+
+// C (one or two tiles of rows × as many of columns) += A · W, all strides in bytes.
+template <bool LOWER, bool RIGHT>
+void tiles(const Bits* a, long a_stride, const Bits* w, long w_stride, long depth, float* c, long c_stride) {
+    const char* const lower_a = (const char*)a + TILE * a_stride;
+    char* const lower_c = (char*)c + TILE * c_stride;
+    _tile_loadd(0, c, c_stride);
+    if (RIGHT) _tile_loadd(1, c + LANES, c_stride);
+    if (LOWER) _tile_loadd(2, lower_c, c_stride);
+    if (LOWER && RIGHT) _tile_loadd(3, lower_c + 4 * LANES, c_stride);
+    for (long k = 0; k < depth; k++) {
+        _tile_loadd(4, a + k * 2 * TILE, a_stride);
+        _tile_loadd(6, (const char*)w + k * TILE * w_stride, w_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (RIGHT) {
+            _tile_loadd(7, (const char*)w + k * TILE * w_stride + 4 * LANES, w_stride);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (LOWER) {
+            _tile_loadd(5, lower_a + k * 4 * TILE, a_stride);
+            _tile_dpbf16ps(2, 5, 6);
+            if (RIGHT) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_stride);
+    if (RIGHT) _tile_stored(1, c + LANES, c_stride);
+    if (LOWER) _tile_stored(2, lower_c, c_stride);
+    if (LOWER && RIGHT) _tile_stored(3, lower_c + 4 * LANES, c_stride);
+}
+
+// The same as ``vector_product``. What is left of the pairs after whole tiles is its work.
+void tile_product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
+    const long depth = pairs / TILE, done = depth * TILE, c_stride = n * LANES;
+    for (long row = 0; row < rows; row += 2 * TILE) {
+        const long upper = std::min(rows - row, TILE), lower = std::min(rows - row - upper, TILE);
+        configure(upper, lower);
+        for (long v = 0; v < n; v += 2) {
+            const bool right = v + 1 < n;
+            (lower ? right ? tiles<true, true> : tiles<true, false>
+                   : right ? tiles<false, true> : tiles<false, false>)(
+                a + row * a_stride, 2 * a_stride, w + v * 2 * LANES, 4 * c_stride, depth,
+                c + row * c_stride + v * LANES, 4 * c_stride);
+        }
+    }
+    if (done < pairs) vector_product(n, a + 2 * done, a_stride, w + done * 2 * c_stride, pairs - done, c, rows);
+}
+#else
+bool tiles_allowed() { return false; }
+void release_tiles() {}
+void tile_product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
+    vector_product(n, a, a_stride, w, pairs, c, rows);
+}
+#endif
 
 // Threads ----------------------------------------------------------------------------------
 
@@ -246,7 +342,7 @@ thread_local Scratch scratch;
 
 // A window, as Python describes it. Pointers that a call does not need are null.
 struct Window {
-    int64_t threads, batch, steps, hidden, panel;
+    int64_t threads, batch, steps, hidden, panel, tiles;
     const float* weight_hh;  // (gates H, H)
     const float* bias;       // (columns P)
     const int64_t* tokens;   // (T, B), or null: which row of input
@@ -294,6 +390,7 @@ struct Worker {
     }
     long begin(long p) const { return p * w.panel * LANES; }
     long vectors(long p) const { return std::min<long>(units / LANES - p * w.panel, w.panel); }
+    ~Worker() { release_tiles(); }
     void wait() { barrier.wait(team); }
 
     // Sixteen weights of one unit's gate, from that column on: zeros beyond the real ones.
@@ -352,7 +449,7 @@ struct Worker {
                 const long end = std::min<long>(row + ROWS, w.batch);
                 for (long v = 0; v < vectors(p); v++)
                     prepare(begin(p) + v * LANES, row, end, sums + v * gates * LANES, stride);
-                if (a) product(n, a + row * a_stride, a_stride, panel, pairs, sums, end - row);
+                if (a) (w.tiles ? tile_product : vector_product)(n, a + row * a_stride, a_stride, panel, pairs, sums, end - row);
                 for (long v = 0; v < vectors(p); v++)
                     finish(begin(p) + v * LANES, row, end, sums + v * gates * LANES, stride);
             }
@@ -709,6 +806,8 @@ void run(const Window& w, bool is_forward) {
 }  // namespace
 
 extern "C" {
+
+int elman_has_tiles() { return tiles_allowed(); }
 
 void elman_rnn_tanh(const Window* w, int is_forward) { run<Rnn<false>>(*w, is_forward); }
 void elman_rnn_relu(const Window* w, int is_forward) { run<Rnn<true>>(*w, is_forward); }

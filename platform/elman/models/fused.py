@@ -27,6 +27,8 @@ from elman.models.compiled import load_library
 SOURCE = Path(__file__).with_name("fused.cpp")
 LANES = 16
 """Units in a vector; the kernel's hidden sizes are multiples of it."""
+FEWEST_ROWS = 4
+"""Rows of a batch from which on matrix tiles pay."""
 WIDEST = 4
 """Vectors of sums that are computed together: with more, registers would hold too few rows of them."""
 
@@ -68,7 +70,7 @@ class _Window(ctypes.Structure):
     """struct Window of fused.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "panel")),
+        *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "panel", "tiles")),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -241,6 +243,7 @@ def _call(
         steps=outputs.shape[0] - 1,
         hidden=weight_hh.shape[1],
         panel=min(vectors, -(-groups // threads)),  # narrower than registers allow, before a thread has none
+        tiles=_has_tiles() and outputs.shape[1] >= FEWEST_ROWS,
         wants_d_h=wants_d_h,
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
@@ -253,6 +256,13 @@ def _call(
 def _kernels() -> ctypes.CDLL | None:
     # torch has no public question for this.
     return load_library(SOURCE) if torch.cpu._is_avx512_bf16_supported() else None
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether the processor multiplies matrix registers, and this process may use them."""
+    library = _kernels()
+    return library is not None and bool(library.elman_has_tiles())
 
 
 # Memory ---------------------------------------------------------------------------------
