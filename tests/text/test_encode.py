@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from elman.text import encode
 from elman.text.encode import encode_stream, recut
 from elman.text.spelling import SpellingModel
-from elman.text.streams import RangeStream, count_characters
+from elman.text.streams import RangeStream, SharedStream, count_characters
 from elman.text.tokenizer import Tokenizer, split_words
 
 messy = st.text(st.sampled_from("ab1. \n\r\t\u3000é'"), max_size=300)
@@ -140,3 +140,39 @@ def test_two_ranges_make_the_whole(text: str, size: int, border: int, unit) -> N
     for part, whole in zip(parts, read, strict=True):
         assert count_characters(part) == len(whole)
         assert [starts for batch in part.batches() for _, starts in batch][:1] == ([True] if whole else [])
+
+
+@given(text=st.text("abc"), size=st.integers(1, 5), borders=st.lists(st.integers(0, 40), max_size=5))
+def test_ranges_of_a_shared_stream_are_those_of_the_stream_in_any_order(text: str, size: int, borders) -> None:
+    shared = SharedStream(in_blocks(text, size))
+    for start in borders:
+        for stop in (start + size, None):
+            read = [piece for batch in RangeStream(shared, start, stop).batches() for piece, _ in batch]
+            assert "".join(read) == text[start:stop]
+
+
+def test_two_readers_of_a_shared_stream_do_not_disturb_each_other() -> None:
+    shared = SharedStream(in_blocks("abcdef", 1))
+    first, second = (RangeStream(shared, 1, 5).batches() for _ in range(2))
+    read = [(next(first)[0][0], next(second)[0][0]) for _ in range(4)]
+    assert read == [(letter, letter) for letter in "bcde"]
+
+
+def test_the_ranges_of_a_text_in_order_read_it_once() -> None:
+    reads = []
+
+    class Watched(Texts):
+        def batches(self):
+            for batch in super().batches():
+                reads.extend(text for text, _ in batch)
+                yield batch
+
+    shared = SharedStream(Watched([(letter, False) for letter in "abcdef"]))
+    parts = [RangeStream(shared, start, stop) for start, stop in ((0, 2), (2, 3), (3, 6))]
+    assert [count_characters(part) for part in parts] == [2, 1, 3]
+    assert reads == list("abcdef")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a", "a b", " a  b\n", "a\x1cb\x1d\x1e c\x1f", "\va\f\r\tb", "é\u3000 b "])
+def test_white_space_is_normalised_as_split_does(text: str) -> None:
+    assert encode._without_runs_of_space(text).decode() == " ".join(text.split())

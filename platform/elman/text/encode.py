@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elman.config.schema import CorpusConfig, Level
+from elman.text.byte_pairs import BytePairTable
 from elman.text.readers import BLOCK, Batch, Piece, in_batches
 from elman.text.spelling import SpellingModel
 from elman.text.streams import Stream
@@ -101,6 +102,11 @@ def encode_stream(stream: Stream, tokenizer: Tokenizer, spelling: SpellingModel 
     return encoded
 
 
+def batch_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[NDArray[np.unsignedinteger[Any]]]]:
+    """What gives the ids of texts, one batch after another, as ``tokenizer.encode_batch`` does."""
+    return BytePairTable(tokenizer).encode_batch if tokenizer.level == "bpe" else tokenizer.encode_batch
+
+
 def recut(batches: Iterable[Batch], level: Level) -> Iterator[Batch]:
     """Batches whose pieces end where the tokenizer cuts anyway; only a word of a million characters is torn."""
     if level in ("byte", "character"):
@@ -180,13 +186,20 @@ class _SymbolCounter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.hidden: Counter[str] = Counter()
+        self._encode_batch = batch_encoder(tokenizer)
         self._after_word = False
+        if tokenizer.level == "word":
+            self._characters, self._bytes = (
+                np.fromiter(map(len, symbols), dtype=np.int64, count=tokenizer.vocabulary_size)
+                for symbols in (tokenizer.symbols, tokenizer.token_bytes)
+            )
+            self._characters[tokenizer.unknown_id] = self._bytes[tokenizer.unknown_id] = 0
 
     def encode(self, texts: list[str], encoded: EncodedText) -> list[NDArray[np.unsignedinteger[Any]]]:
         """Ids of each text; the counts go to ``encoded``."""
         if self.tokenizer.level == "word":
             return [self._encode_words(split_words(text), encoded) for text in texts]
-        arrays = self.tokenizer.encode_batch(texts)
+        arrays = self._encode_batch(texts)
         encoded.characters += sum(map(len, texts))
         if self.tokenizer.level == "byte":
             encoded.bytes += sum(map(len, arrays))
@@ -202,16 +215,16 @@ class _SymbolCounter:
         ids = self.tokenizer.ids_of_words(words)
         if not words:
             return ids
-        unknown = np.flatnonzero(ids == self.tokenizer.unknown_id)
-        self.hidden.update(words[place] for place in unknown if words[place] != UNKNOWN)
+        unknown = [words[place] for place in np.flatnonzero(ids == self.tokenizer.unknown_id)]
+        self.hidden.update(word for word in unknown if word != UNKNOWN)
         is_word = ids != self.tokenizer.start_id
         separators = int(np.count_nonzero(is_word[1:] & is_word[:-1])) + int(self._after_word and is_word[0])
         self._after_word = bool(is_word[-1])
         line_ends = len(ids) - int(np.count_nonzero(is_word))
-        joined = "".join(words)
+        joined = "".join(unknown)
         beside = separators + line_ends * (1 - len(END_OF_LINE))
-        encoded.characters += len(joined) + beside
-        encoded.bytes += (len(joined) if joined.isascii() else len(joined.encode("utf-8"))) + beside
+        encoded.characters += int(self._characters[ids].sum()) + len(joined) + beside
+        encoded.bytes += int(self._bytes[ids].sum()) + len(joined.encode("utf-8")) + beside
         return ids
 
 
@@ -231,10 +244,20 @@ class _DocumentHasher:
         self._length += len(text)
 
     def end(self) -> None:
-        words = "".join(self._parts).split()
+        words = _without_runs_of_space("".join(self._parts))
         if words:
             long = self._length if self._length > _HASHED else 0
-            digest = hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=8,
-                                     salt=long.to_bytes(8, "little"))  # fmt: skip
+            digest = hashlib.blake2b(words, digest_size=8, salt=long.to_bytes(8, "little"))
             self.hashes.append(int.from_bytes(digest.digest(), "little"))
         self._parts, self._length = [], 0
+
+
+_ASCII_SPACE = bytes.maketrans(b"\t\n\v\f\r\x1c\x1d\x1e\x1f", b" " * 9)
+
+
+def _without_runs_of_space(text: str) -> bytes:
+    """The text in UTF-8 with one space wherever there is white space, and none at its ends."""
+    if not text.isascii():
+        return " ".join(text.split()).encode("utf-8", "surrogatepass")
+    raw = text.encode("ascii").translate(_ASCII_SPACE).strip(b" ")
+    return b" ".join(raw.split()) if b"  " in raw else raw

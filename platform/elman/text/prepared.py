@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elman.config.schema import Level
-from elman.text.encode import recut
+from elman.text.encode import batch_encoder, recut
 from elman.text.spelling import SpellingModel
 from elman.text.streams import Stream
 from elman.text.tokenizer import Tokenizer
@@ -101,9 +101,10 @@ class StreamedSplit:
 
     def pieces(self) -> Iterator[TokenPiece]:
         """The tokens piece by piece, from the start of the text at each call."""
+        encode = batch_encoder(self.tokenizer)
         begins = False  # a document may begin with a piece of mere white space, which has no words
         for batch in recut(self.stream.batches(), self.tokenizer.level):
-            arrays = self.tokenizer.encode_batch([text for text, _ in batch])
+            arrays = encode([text for text, _ in batch])
             for (_, starts), ids in zip(batch, arrays, strict=True):
                 begins = begins or starts
                 if len(ids):

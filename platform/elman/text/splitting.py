@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from elman.config.schema import CorpusConfig
-from elman.text.streams import ChainStream, RangeStream, Stream, ThinnedStream, count_characters
+from elman.text.streams import ChainStream, RangeStream, SharedStream, Stream, ThinnedStream, count_characters
 
 
 def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
@@ -30,7 +30,7 @@ def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
     validation, test = _wanting(streams, config)
     if not validation and not test:
         return _in_order(streams)
-    base = streams["train"]
+    base = SharedStream(streams["train"])
     characters = count_characters(base)
     first, second = int(characters * (1 - validation - test)), int(characters * (1 - test))
     parts: dict[str, Stream] = {"train": RangeStream(base, 0, first)}
@@ -44,7 +44,7 @@ def cut(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
 def _fold(streams: dict[str, Stream], config: CorpusConfig) -> dict[str, Stream]:
     assert config.folds is not None
     parts = {split: stream for split, stream in streams.items() if split == "test"}
-    base = streams["train"]
+    base = SharedStream(streams["train"])
     characters = total = count_characters(base)
     _, test = _wanting(streams, config)
     if test:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal, Protocol
 
 from elman.text.readers import Batch
@@ -45,7 +45,12 @@ class RangeStream:
     def batches(self) -> Iterator[Batch]:
         """Pieces of the range; reads no further than its end."""
         place, begun = 0, False
-        for batch in self.base.batches():
+        batches: Iterator[Batch]
+        if isinstance(self.base, SharedStream) and self.unit == "characters":
+            place, batches = self.base.batches_from(self.start)
+        else:
+            batches = self.base.batches()
+        for batch in batches:
             kept: Batch = []
             for text, starts in batch:
                 length = len(text) if self.unit == "characters" else len(text.encode("utf-8"))
@@ -69,6 +74,38 @@ class RangeStream:
         raw = text.encode("utf-8")
         first, last = (_character_border(raw, border) for border in (first, last))
         return raw[first:last].decode("utf-8")
+
+
+class SharedStream:
+    """A stream of which ranges are read: where one ended the next goes on, if it begins there or later."""
+
+    def __init__(self, base: Stream) -> None:
+        self._base = base
+        self._left: tuple[int, Iterator[Batch]] | None = None
+
+    @property
+    def size(self) -> int | None:
+        """The base's."""
+        return self._base.size
+
+    def batches(self) -> Iterator[Batch]:
+        """The base's, from its start."""
+        return self._base.batches()
+
+    def batches_from(self, start: int) -> tuple[int, Iterator[Batch]]:
+        """Batches of which one holds the character ``start``, and the character at which the first begins."""
+        place, batches = self._left if self._left and self._left[0] <= start else (0, self._base.batches())
+        self._left = None
+        return place, self._read(place, batches)
+
+    def _read(self, place: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            try:
+                yield batch
+            except GeneratorExit:  # the reader has enough
+                self._left = place, chain([batch], batches)
+                raise
+            place += sum(len(text) for text, _ in batch)
 
 
 @dataclass(frozen=True)

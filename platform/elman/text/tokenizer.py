@@ -95,10 +95,10 @@ class Tokenizer:
         self._inner = inner
         self._json = text or inner.to_str(pretty=True)
         self.level: Level = _level_of(inner)
-        self._ids: dict[str, int] = inner.get_vocab(with_added_tokens=False)
+        self._ids = _Ids(inner.get_vocab(with_added_tokens=False))
         self._tokens = sorted(self._ids, key=self._ids.__getitem__)
         self.vocabulary_size = len(self._tokens)
-        self.unknown_id = self._ids[UNKNOWN] if self.level in ("character", "word") else None
+        self.unknown_id = self._ids.unknown = self._ids[UNKNOWN] if self.level in ("character", "word") else None
         self.start_id = self._ids[END_OF_LINE] if self.level == "word" else self.vocabulary_size
         self.num_inputs = max(self.vocabulary_size, self.start_id + 1)
         self.dtype = token_dtype(self.vocabulary_size)
@@ -244,13 +244,17 @@ class Tokenizer:
         if self.level == "word":
             return [self.ids_of_words(split_words(text)) for text in texts]
         if self.level == "character":
-            return [self._table[code_points(text)] for text in texts]
+            return [self._ids_of_characters(text) for text in texts]
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
     def ids_of_words(self, words: Sequence[str]) -> NDArray[np.unsignedinteger[Any]]:
         """Ids of words that ``split_words`` gave."""
-        find, unknown = self._ids.get, self.unknown_id
-        return np.fromiter((find(word, unknown) for word in words), dtype=self.dtype, count=len(words))
+        return np.fromiter(map(self._ids.__getitem__, words), dtype=self.dtype, count=len(words))
+
+    def _ids_of_characters(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
+        if self.dtype.itemsize == 1 and text.isascii():
+            return np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=self.dtype)
+        return self._table.take(code_points(text), mode="clip")  # no code point lies beyond; it spares the check
 
     @cached_property
     def _table(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -260,6 +264,10 @@ class Tokenizer:
             if token != UNKNOWN:
                 table[ord(token)] = place
         return table
+
+    @cached_property
+    def _ascii_table(self) -> bytes:
+        return self._table[:256].tobytes()
 
     def unknown_symbols(self, text: str) -> list[str]:
         """Distinct characters (words, at word level) that the vocabulary lacks, in order of appearance."""
@@ -279,6 +287,17 @@ class Tokenizer:
     def decoder(self) -> StreamDecoder:
         """Decoder that takes one id at a time."""
         return StreamDecoder(self)
+
+
+class _Ids(dict[str, int]):
+    """Id of each token; ``unknown`` for what is none."""
+
+    unknown: int | None = None
+
+    def __missing__(self, token: str) -> int:
+        if self.unknown is None:
+            raise KeyError(token)
+        return self.unknown
 
 
 class StreamDecoder:
