@@ -314,11 +314,11 @@ def generate(arguments: Sequence[str]) -> int:
 def _generator(reference: str, tracking: TrackingConfig) -> Any:
     from elman.tasks.generation import TextGenerator
     from elman.tasks.hardware import set_threads
-    from elman.tracking.store import RunStore
+    from elman.tracking.store import open_to_read
     from elman.training.loading import load_model, needs_store
 
     set_threads(None)
-    loaded = load_model(reference, RunStore(tracking) if needs_store(reference) else None)
+    loaded = load_model(reference, open_to_read(tracking) if needs_store(reference) else None)
     return TextGenerator(loaded.model, loaded.tokenizer)
 
 
@@ -331,14 +331,14 @@ def evaluate(arguments: Sequence[str]) -> int:
     values, given = flags.parse(arguments)
 
     from elman.config.tree import override
-    from elman.tracking.store import RunStore
+    from elman.tracking.store import open_to_read
     from elman.training.evaluation import evaluate_model
     from elman.training.loading import load_model, needs_store
     from elman.training.progress import terminal_reporter
 
     changes = {key: value for key, value in given.items() if "." in key}
     tracking = flags.build(TrackingConfig, given, prefix="tracking.")
-    loaded = load_model(values["model"], RunStore(tracking) if needs_store(values["model"]) else None)
+    loaded = load_model(values["model"], open_to_read(tracking) if needs_store(values["model"]) else None)
     reporter = terminal_reporter()
     try:
         metrics, tokens = evaluate_model(loaded, override(loaded.config, changes), values["split"], reporter)
@@ -354,10 +354,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _store(flags: Flags, given: Mapping[str, Any]) -> RunStore:
-    from elman.tracking.store import RunStore
+def _store(flags: Flags, given: Mapping[str, Any], *, make: bool = False) -> RunStore:
+    """The store that the flags name; a local one that does not exist is refused, or made."""
+    from elman.tracking.store import RunStore, open_to_read
 
-    return RunStore(flags.build(TrackingConfig, given, prefix="tracking."))
+    config = flags.build(TrackingConfig, given, prefix="tracking.")
+    return RunStore(config) if make else open_to_read(config)
 
 
 def runs(arguments: Sequence[str]) -> int:
@@ -373,7 +375,7 @@ def runs(arguments: Sequence[str]) -> int:
     if not 1 <= values["limit"] <= 50_000:
         raise ConfigError(f"--limit must be from 1 to 50,000, got {values['limit']}.")
     order = [f"metrics.`{values['sort']}` ASC"] if values["sort"] else []
-    store = _store(flags, given)
+    store = _store(flags, given, make=True)
     wanted = values["filter"] if values["all"] else _without_children(values["filter"])
     found = store.runs(filter_string=wanted, order_by=order, limit=values["limit"])
     measured = {metric for run in found for metric in run.metrics}

@@ -192,7 +192,11 @@ class Flags:
         """
         names = settings(cls)
         chosen = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
-        return build(cls, {key: value for key, value in chosen.items() if key in names})
+        try:
+            return build(cls, {key: value for key, value in chosen.items() if key in names})
+        except ConfigError as error:
+            message = str(error)
+            raise ConfigError(f"--{prefix}{message}" if message.split()[0] in names else message) from None
 
     def parse(self, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every value by name, and those alone that the command line gave.

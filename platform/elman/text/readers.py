@@ -198,7 +198,7 @@ def _rows(path: Path, file: BinaryIO, column: str, encoding_errors: str) -> Iter
     for number, line in enumerate(iter(lambda: file.readline(LARGEST_ROW + 1), b""), 1):
         place = f"{path}:{number}"
         if len(line) > LARGEST_ROW:
-            raise DataError(f"{place}: is longer than {LARGEST_ROW:,} bytes, and a row is held whole: cut it into rows.")
+            raise DataError(f"{place}: is longer than {LARGEST_ROW:,} bytes, and a row is held whole: cut it up.")
         if number == 1:
             line = line.removeprefix(_BOM)
         if not line.strip():

@@ -85,6 +85,31 @@ def tracking_uri(config: TrackingConfig) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri()
 
 
+def refuse_unmade(config: TrackingConfig) -> None:
+    """Whoever looks for a run must not make the database that it is not in.
+
+    Raises:
+        TrackingError: The store is a file that does not exist.
+    """
+    uri = tracking_uri(config)
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not os.path.exists(path):  # noqa: PTH110 - long paths make the other raise
+        raise TrackingError(
+            f"There are no runs in {path}, which does not exist: `elman train` makes the first one; run where yours "
+            "are, or set tracking.uri."
+        )
+
+
+def open_to_read(config: TrackingConfig) -> RunStore:
+    """The store, where there is one.
+
+    Raises:
+        TrackingError: There is none, or it cannot be used.
+    """
+    refuse_unmade(config)
+    return RunStore(config)
+
+
 class RunStore:
     """A tracking store, opened.
 
@@ -153,7 +178,7 @@ class RunStore:
                 root = local_root()
                 root.mkdir(parents=True, exist_ok=True)
                 # Two processes that create the tables at once crash each other.
-                with (root / ".lock").open("w") as lock:
+                with (root / ".lock").open("a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     client = self._client()
         except OSError as error:

@@ -28,7 +28,7 @@ from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
 from elman.tracking.run import Run
-from elman.tracking.store import RunStore, StoppedError
+from elman.tracking.store import RunStore, StoppedError, refuse_unmade
 from elman.training.callbacks import Checkpoints, Limits, Recorder, Samples, StopSignals
 from elman.training.checkpoint import BEST, LAST, STATE, States, link
 from elman.training.evaluation import score_test
@@ -231,7 +231,10 @@ def resume_experiment(
     """
     changes = dict(changes or {})
     uri = changes.get("tracking.uri")
-    store = store or RunStore(TrackingConfig(uri=None if uri is None else str(uri)), may_be_away=True)
+    if store is None:
+        where = TrackingConfig(uri=None if uri is None else str(uri))
+        refuse_unmade(where)
+        store = RunStore(where, may_be_away=True)
     with resumed(reference, changes, store, file) as resume:
         place = replace(resume.config.tracking, uri=store.config.uri)
         there = RunStore(place, may_be_away=True, away=store.away)

@@ -9,6 +9,7 @@ safetensors, the rest is JSON.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tempfile
 import zipfile
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from elman.config.load import from_flat
-from elman.config.schema import ExperimentConfig
+from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten
 from elman.errors import ElmanError, ModelError, TrackingError
 from elman.models.language_model import LanguageModel
@@ -31,7 +32,7 @@ from elman.text.spelling import SpellingModel
 from elman.text.tokenizer import Tokenizer
 from elman.tracking.absence import without_password
 from elman.tracking.models import download_model
-from elman.tracking.store import RunStore
+from elman.tracking.store import RunStore, open_to_read
 
 FORMAT = 1
 
@@ -85,6 +86,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: It is missing, truncated, damaged, or not one of ours.
     """
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe is waited for
+        raise ModelError(f"{path} is no file: give a .ckpt that elman wrote.")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch itself would load a flipped bit without a word
@@ -142,11 +145,13 @@ def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
         TrackingError: There is no such run.
     """
     path = Path(reference)
-    if not reference.startswith("models:/") and path.exists():
+    if not reference:
+        raise ModelError("MODEL is empty: give a run id, models:/NAME@ALIAS, or a checkpoint's path.")
+    if not reference.startswith("models:/") and os.path.exists(path):  # noqa: PTH110 - long paths make the other raise
         return from_folder(path) if path.is_dir() else from_checkpoint(path)
     if ("/" in reference and not reference.startswith("models:/")) or path.suffix == ".ckpt":
         raise ModelError(f"{reference} does not exist: give a run id, models:/NAME@ALIAS, or a checkpoint's path.")
-    store = store or RunStore()
+    store = store or open_to_read(TrackingConfig())
     with tempfile.TemporaryDirectory() as folder:
         if reference.startswith("models:/"):
             root = download_model(store, reference, Path(folder))
@@ -160,7 +165,8 @@ def load_model(reference: str, store: RunStore | None = None) -> LoadedModel:
 
 def needs_store(reference: str) -> bool:
     """Whether a MODEL argument is looked up in the tracking store, not on the disk."""
-    return reference.startswith("models:/") or not (Path(reference).exists() or "/" in reference)
+    there = os.path.exists(reference)  # noqa: PTH110 - long paths make the other raise
+    return reference.startswith("models:/") or not (there or "/" in reference)
 
 
 def _run_checkpoint(store: RunStore, run_id: str, into: Path) -> Path:
