@@ -92,7 +92,7 @@ def refuse_unmade(config: TrackingConfig) -> None:
         TrackingError: The store is a file that does not exist.
     """
     uri = tracking_uri(config)
-    path = uri.removeprefix("sqlite:///")
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
     if path != uri and not os.path.exists(path):  # noqa: PTH110 - long paths make the other raise
         raise TrackingError(
             f"There are no runs in {path}, which does not exist: `elman train` makes the first one; run where yours "
