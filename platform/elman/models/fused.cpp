@@ -214,6 +214,7 @@ void vector_product(long n, const Bits* a, long a_stride, const Bits* w, long pa
 // of A, 6 and 7 the columns of W, which lie in memory as the instruction wants them.
 
 constexpr long TILE = 16;  // rows of a tile, and pairs in one of its rows
+constexpr long TILES_DEEP = 8;  // at a time: with so many, the rows of A and the weights beside them stay in L1
 
 #ifdef ELMAN_TILES
 // The kernel saves tiles only of processes that have asked for them.
@@ -276,16 +277,19 @@ void tiles(const Bits* a, long a_stride, const Bits* w, long w_stride, long dept
 
 // The same as ``vector_product``. What is left of the pairs after whole tiles is its work.
 void tile_product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
-    const long depth = pairs / TILE, done = depth * TILE, c_stride = n * LANES;
-    for (long row = 0; row < rows; row += 2 * TILE) {
-        const long upper = std::min(rows - row, TILE), lower = std::min(rows - row - upper, TILE);
-        configure(upper, lower);
-        for (long v = 0; v < n; v += 2) {
-            const bool right = v + 1 < n;
-            (lower ? right ? tiles<true, true> : tiles<true, false>
-                   : right ? tiles<false, true> : tiles<false, false>)(
-                a + row * a_stride, 2 * a_stride, w + v * 2 * LANES, 4 * c_stride, depth,
-                c + row * c_stride + v * LANES, 4 * c_stride);
+    const long whole = pairs / TILE, done = whole * TILE, c_stride = n * LANES;
+    for (long k = 0; k < whole; k += TILES_DEEP) {
+        const long depth = std::min(whole - k, TILES_DEEP);
+        for (long row = 0; row < rows; row += 2 * TILE) {
+            const long upper = std::min(rows - row, TILE), lower = std::min(rows - row - upper, TILE);
+            configure(upper, lower);
+            for (long v = 0; v < n; v += 2) {
+                const bool right = v + 1 < n;
+                (lower ? right ? tiles<true, true> : tiles<true, false>
+                       : right ? tiles<false, true> : tiles<false, false>)(
+                    a + row * a_stride + k * 2 * TILE, 2 * a_stride, w + (k * TILE * n + v) * 2 * LANES, 4 * c_stride,
+                    depth, c + row * c_stride + v * LANES, 4 * c_stride);
+            }
         }
     }
     if (done < pairs) vector_product(n, a + 2 * done, a_stride, w + done * 2 * c_stride, pairs - done, c, rows);
