@@ -84,7 +84,7 @@ def test_no_file_of_the_logged_model_is_a_pickle(trained: tuple[RunResult, RunSt
     result, store, _ = trained
     root = download_model(store, result.model_uri, tmp_path)
     files = [p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {p.suffix for p in files} <= {".json", ".safetensors", ".py", ".yaml", ".txt", ".cpp", ""}
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".py", ".yaml", ".txt", ".cpp", ".h", ""}
     assert {p.name for p in files if not p.suffix} <= {"MLmodel", "registered_model_meta"}
 
 

@@ -57,6 +57,8 @@ def build(source: Path, *, portable: bool = False) -> Path:
     flags += ["-DELMAN_PORTABLE"] if portable else []
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=TIME_LIMIT)
     key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        key.update(header.read_bytes())
     key.update(repr((compiler, version.stdout, flags, _processor())).encode())
     folder = _cache() / "kernels"
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
