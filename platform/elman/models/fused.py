@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
-import threading
-import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elman.models.compiled import load_library
+from elman.models.memory import pooled
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 LANES = 16
@@ -154,12 +152,12 @@ class _FusedWindow(torch.autograd.Function):
         length = inputs.shape[0] if tokens_TB is None else tokens_TB.shape[0]
         trained = any(ctx.needs_input_grad)
         h_BP, *c = (part.detach().to(torch.float32, copy=True).contiguous() for part in state)
-        outputs_TBP = _buffer((length + 1, batch_size, padded_size), torch.bfloat16)
+        outputs_TBP = pooled((length + 1, batch_size, padded_size), torch.bfloat16)
         saved_TBC = reset_TBP = None
         if trained:
-            saved_TBC = _buffer((length, batch_size, layout.columns * padded_size), torch.float16)
+            saved_TBC = pooled((length, batch_size, layout.columns * padded_size), torch.float16)
             if c:
-                c_TBP = _buffer((length + 1, batch_size, padded_size), torch.float32)
+                c_TBP = pooled((length + 1, batch_size, padded_size), torch.float32)
                 c_TBP[0] = c[0]
                 c = [c_TBP]
         if kind == "gru_reset_before":
@@ -263,35 +261,3 @@ def _has_tiles() -> bool:
     """Whether the processor multiplies matrix registers, and this process may use them."""
     library = _kernels()
     return library is not None and bool(library.elman_has_tiles())
-
-
-# Memory ---------------------------------------------------------------------------------
-
-LARGE = 2**20
-_free: list[mmap.mmap] = []
-_picking = threading.Lock()
-
-
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor whose pages, where it is large, come back with the next one.
-
-    Memory of tens of megabytes goes back to the system when a tensor is freed, and at these
-    speeds new pages for every window cost a tenth of it.
-    """
-    count = torch.Size(shape).numel()
-    size = count * dtype.itemsize
-    if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
-    with _picking:
-        block = min((block for block in _free if len(block) >= size), key=len, default=None)
-        if block is None:
-            _free.clear()  # all too small: windows have grown, and would leave them behind
-        else:
-            _free.remove(block)
-    if block is None:
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
-    lease = memoryview(block)
-    weakref.finalize(lease, _free.append, block).atexit = False
-    return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elman.models.fused_loss import fused_loss, is_fused
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
@@ -36,6 +37,9 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         targets_N: Token ids; ``IGNORED`` ones do not count.
     """
     dtype = _product_type(features_NH, weight_VH)
+    size = targets_N.shape[0] * weight_VH.shape[0]
+    if 0 < size <= KEPT_LOGITS and is_fused(dtype, weight_VH):
+        return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
 

@@ -1,0 +1,152 @@
+"""The loss of a linear layer over a large vocabulary in bfloat16, by the compiled kernel of linear_loss.cpp.
+
+Shape suffixes: N positions of the text, P of them padded for the kernel, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elman.models.compiled import load_library
+from elman.models.memory import pooled
+
+SOURCE = Path(__file__).with_name("linear_loss.cpp")
+LANES = 16
+WIDEST = 4
+"""Vectors of positions in a panel, at most."""
+SAVED = ("weight", "bias", "features", "targets", "lse", "found")
+
+
+class _Loss(ctypes.Structure):
+    """struct Loss of linear_loss.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "panels", "tiles")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("weight", "bias", "features", "targets", "packed", "kept", "sums", "lse", "found"),
+                *("factors", "d_weight", "d_bias", "d_features", "gathered"),
+            )
+        ),
+    )
+
+
+def is_fused(dtype: torch.dtype, weight_VH: Tensor) -> bool:
+    """Whether the kernel computes products of this type with these weights."""
+    on_cpu = weight_VH.device.type == "cpu" and dtype == torch.bfloat16 and weight_VH.dtype == torch.float32
+    return on_cpu and _kernels() is not None
+
+
+def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+    """Cross-entropy of ``F.linear(features, weight, bias)``, summed, in nats.
+
+    Args:
+        features_NH: In bfloat16.
+        weight_VH: In float32, as ``bias_V``.
+        bias_V: An addend for each token.
+        targets_N: Token ids.
+        ignored: The target that does not count.
+
+    Raises:
+        IndexError: A target is no token.
+    """
+    counts_N = targets_N != ignored
+    smallest, largest = torch.aminmax(torch.where(counts_N, targets_N, 0))
+    if smallest < 0 or largest >= weight_VH.shape[0]:  # the kernel would write what is not there
+        raise IndexError(f"target out of range: {smallest} to {largest} of {weight_VH.shape[0]} tokens")
+    loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
+    ) -> Tensor:
+        trained = any(ctx.needs_input_grad)
+        num_positions, num_tokens = targets_N.shape[0], weight_VH.shape[0]
+        padded, threads = _padded(num_positions, LANES), torch.get_num_threads()
+        kept = pooled((_padded(num_tokens, 2 * LANES), padded), torch.bfloat16) if trained else None
+        lse_P, found_P = torch.zeros(padded), torch.zeros(padded)
+        call: dict[str, Tensor | None] = {
+            "weight": weight_VH.detach().contiguous(),
+            "bias": bias_V.detach().contiguous(),
+            "features": features_NH.detach().to(torch.bfloat16).contiguous(),
+            "targets": targets_N.contiguous(),
+            "kept": kept,
+            "sums": torch.empty(threads, 2, padded),
+            "lse": lse_P,
+            "found": found_P,
+        }
+        _call(call, is_forward=True)
+        ctx.save_for_backward(*(call[name] for name in SAVED))
+        ctx.kept, ctx.counts_N = kept, counts_N
+        return ((lse_P - found_P)[:num_positions] * counts_N).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kept is None:
+            raise RuntimeError("A fused loss goes backward once: what it kept is overwritten.")
+        call: dict[str, Tensor | None] = dict(zip(SAVED, ctx.saved_tensors, strict=True))
+        kept, ctx.kept = ctx.kept, None
+        weight_VH, bias_V, features_NH = ctx.saved_tensors[:3]
+        padded = kept.shape[1]
+        factors_P = torch.zeros(padded)
+        factors_P[: features_NH.shape[0]] = ctx.counts_N * d_loss
+        wants_features, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        d_weight_VH = pooled(weight_VH.shape, torch.float32) if wants_weight else None
+        d_bias_V = torch.empty_like(bias_V)
+        d_features_NH = torch.empty(features_NH.shape) if wants_features else None
+        call |= {
+            "kept": kept,
+            "factors": factors_P,
+            "d_weight": d_weight_VH,
+            "d_bias": d_bias_V,
+            "d_features": d_features_NH,
+            "gathered": torch.empty(padded, _padded(weight_VH.shape[1], 2 * LANES)) if wants_features else None,
+        }
+        _call(call, is_forward=False)
+        return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
+    weight, features, library = tensors["weight"], tensors["features"], _kernels()
+    assert weight is not None
+    assert features is not None
+    assert library is not None
+    num_positions, hidden_size = features.shape
+    padded, threads = _padded(num_positions, LANES), torch.get_num_threads()
+    packed = torch.empty(padded, _padded(hidden_size, 2 * LANES), dtype=torch.bfloat16)
+    loss = _Loss(
+        threads=threads,
+        positions=num_positions,
+        hidden=hidden_size,
+        vocabulary=weight.shape[0],
+        panels=min(_padded(-(-padded // (WIDEST * LANES)), threads), padded // LANES),  # threads get as many each
+        tiles=_has_tiles(),
+        **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},
+    )
+    library.elman_linear_loss(ctypes.byref(loss), int(is_forward))
+
+
+def _has_tiles() -> bool:
+    library = _kernels()
+    return library is not None and bool(library.elman_has_tiles())
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL | None:
+    # torch has no public question for this.
+    return load_library(SOURCE) if torch.cpu._is_avx512_bf16_supported() else None

@@ -1,0 +1,302 @@
+// Cross-entropy of a linear layer over a large vocabulary, forward and backward, in bfloat16 products.
+//
+// The scores are computed transposed, a token of the vocabulary in a row and the positions of the text in
+// its columns: so the weights are the left factor as they lie in memory, and the sums of exponentials run
+// down the columns. Some rows at a time pass through the cache: multiplied, summed, and kept as halves
+// where backward will want them. Backward turns them into their gradients in place, and multiplies those
+// with the features for the weights' gradient, which is written once, in float32; and with the weights for
+// the features' gradient, where each thread has positions of its own.
+//
+// Positions are padded to a multiple of 16 and lie in panels of at most 64, H to a multiple of 32, and V,
+// where it is summed over, to a multiple of 32, with zeros. Sums are in float32. What threads add up
+// depends on their number, and on nothing else.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+#include "products.h"
+#include "threads.h"
+
+// A call, as Python describes it. Pointers that a call does not need are null.
+struct Loss {
+    int64_t threads, positions, hidden, vocabulary, panels, tiles;
+    const float* weight;     // (V, H)
+    const float* bias;       // (V)
+    const Bits* features;    // (N, H)
+    const int64_t* targets;  // (N)
+    Bits* packed;            // N × H, padded: the features as the right factor
+    Bits* kept;              // V × N, padded: panels of scores, then of their gradients
+    float* sums;             // (threads, 2, N): the largest scores, and sums of exponentials
+    float* lse;              // (N): logarithms of the sums of exponentials
+    float* found;            // (N): the targets' scores
+    // Backward only.
+    const float* factors;    // (N): of the gradients, zero for padding and for targets that do not count
+    float* d_weight;         // (V, H), or null
+    float* d_bias;           // (V)
+    float* d_features;       // (N, H), or null
+    float* gathered;         // H × N, padded: panels of its transpose
+};
+
+namespace {
+
+thread_local Scratch scratch;
+
+constexpr long ROWS = 96;   // of the vocabulary at a time, where positions or hidden units are summed over
+constexpr long DEEP = 256;  // of the vocabulary at a time, where it is
+
+inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Sizes {
+    const Loss& l;
+    long n, h, v;   // padded
+    long vectors;   // of positions
+
+    explicit Sizes(const Loss& loss) : l(loss) {
+        n = up(l.positions, LANES);
+        h = up(l.hidden, 2 * LANES);
+        v = up(l.vocabulary, 2 * LANES);
+        vectors = n / LANES;
+    }
+    long first(long panel) const { return vectors * panel / l.panels; }
+    long width(long panel) const { return first(panel + 1) - first(panel); }  // in vectors
+    Bits* kept(long panel) const { return l.kept + first(panel) * LANES * v; }
+    float* gathered(long panel) const { return l.gathered + first(panel) * LANES * h; }
+    void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
+        (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
+    }
+};
+
+// A thread's part of so many things, which begin at multiples of ``unit``.
+struct Part {
+    long begin, end;
+    Part(long count, long unit) {
+        const long units = (count + unit - 1) / unit, team = omp_get_num_threads(), me = omp_get_thread_num();
+        begin = units * me / team * unit;
+        end = std::min(units * (me + 1) / team * unit, count);
+    }
+};
+
+// Sixteen weights of a row, zeros beyond the real ones.
+inline Floats weights_at(const Loss& l, long row, long column) {
+    Floats values{};
+    if (row >= l.vocabulary || column >= l.hidden) return values;
+    const float* from = l.weight + row * l.hidden + column;
+    if (column + LANES <= l.hidden) return load<Floats>(from);
+    std::memcpy(&values, from, sizeof(float) * (l.hidden - column));
+    return values;
+}
+
+inline uint32_t feature(const Loss& l, long position, long unit) {
+    return position < l.positions && unit < l.hidden ? l.features[position * l.hidden + unit] : 0;
+}
+
+// The features for the scores: per panel of positions (pairs of hidden units, positions, 2).
+void pack_by_position(const Sizes& s) {
+    for (long p = Part(s.l.panels, 1).begin; p < Part(s.l.panels, 1).end; p++) {
+        Bits* to = s.l.packed + s.first(p) * LANES * s.h;
+        for (long k = 0; k < s.h; k += 2)
+            for (long position = s.first(p) * LANES; position < s.first(p + 1) * LANES; position++, to += 2) {
+                const uint32_t pair = feature(s.l, position, k) | feature(s.l, position, k + 1) << 16;
+                std::memcpy(to, &pair, sizeof pair);
+            }
+    }
+}
+
+// The features for the weights' gradient: per panel of 64 hidden units (pairs of positions, units, 2).
+void pack_by_unit(const Sizes& s) {
+    const Part part(s.h, 4 * LANES);
+    for (long begin = part.begin; begin < part.end; begin += 4 * LANES) {
+        Bits* to = s.l.packed + begin * s.n;
+        for (long k = 0; k < s.n; k += 2)
+            for (long unit = begin; unit < std::min(begin + 4 * LANES, s.h); unit++, to += 2) {
+                const uint32_t pair = feature(s.l, k, unit) | feature(s.l, k + 1, unit) << 16;
+                std::memcpy(to, &pair, sizeof pair);
+            }
+    }
+}
+
+// One vector of positions: adds the rows' exponentials to the sums so far, and keeps the rows.
+void add_exponentials(const float* c, long stride, long rows, float* largest, float* sum, Bits* kept) {
+    Floats before = load<Floats>(largest), top = before;
+    for (long row = 0; row < rows; row++) top = larger(top, load<Floats>(c + row * stride));
+    Floats total = load<Floats>(sum) * exponential(before - top);
+    for (long row = 0; row < rows; row++) {
+        const Floats score = load<Floats>(c + row * stride);
+        total += exponential(score - top);
+        if (kept) to_half(kept + row * stride, clamp(score, 65504.0f));  // the largest half
+    }
+    store(largest, top);
+    store(sum, total);
+}
+
+void forward(const Sizes& s, Barrier& barrier) {
+    const Loss& l = s.l;
+    const long me = omp_get_thread_num(), team = omp_get_num_threads();
+    float* const largest = l.sums + 2 * me * s.n;
+    float* const sum = largest + s.n;
+    std::fill(largest, largest + s.n, -INFINITY);
+    std::fill(sum, sum + s.n, 0.0f);
+    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * 4 * LANES);
+    float* const c = (float*)(a + ROWS * s.h);
+    pack_by_position(s);
+    barrier.wait(team);
+    const Part part(l.vocabulary, ROWS);
+    for (long begin = part.begin; begin < part.end; begin += ROWS) {
+        const long rows = std::min(ROWS, part.end - begin);
+        for (long row = 0; row < rows; row++)
+            for (long k = 0; k < s.h; k += LANES) to_bf16(a + row * s.h + k, weights_at(l, begin + row, k));
+        for (long p = 0; p < l.panels; p++) {
+            const long width = s.width(p), stride = width * LANES, first = s.first(p) * LANES;
+            for (long row = 0; row < rows; row++)
+                for (long v = 0; v < width; v++) store(c + row * stride + v * LANES, splat(l.bias[begin + row]));
+            s.multiply(width, a, s.h, l.packed + first * s.h, s.h / 2, c, rows);
+            for (long position = first; position < std::min(first + stride, l.positions); position++) {
+                const long row = l.targets[position] - begin;
+                if (row >= 0 && row < rows) l.found[position] = c[row * stride + position - first];
+            }
+            for (long v = 0; v < width; v++)
+                add_exponentials(
+                    c + v * LANES, stride, rows, largest + first + v * LANES, sum + first + v * LANES,
+                    l.kept ? s.kept(p) + begin * stride + v * LANES : nullptr);
+        }
+    }
+    barrier.wait(team);
+    const Part mine(s.n, LANES);
+    for (long n = mine.begin; n < mine.end; n++) {
+        float top = -INFINITY, total = 0.0f;
+        for (long t = 0; t < team; t++) top = std::max(l.sums[2 * t * s.n + n], top);
+        for (long t = 0; t < team; t++) total += l.sums[(2 * t + 1) * s.n + n] * std::exp(l.sums[2 * t * s.n + n] - top);
+        l.lse[n] = top + std::log(total);
+    }
+}
+
+// Two rows of the vocabulary: their scores become the gradients of the scores, in pairs where they were
+// kept and row by row in ``rows`` beside it; adds up the biases' gradients.
+void differentiate(const Sizes& s, long row, Bits* rows) {
+    const Loss& l = s.l;
+    Floats d_bias[2] = {};
+    for (long p = 0; p < l.panels; p++) {
+        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
+        Bits* const kept = s.kept(p) + row * stride;
+        Bits scores[8 * LANES];
+        std::memcpy(scores, kept, sizeof(Bits) * 2 * stride);
+        for (long v = 0; v < stride; v += LANES) {
+            const Floats lse = load<Floats>(l.lse + first + v), factors = load<Floats>(l.factors + first + v);
+            Floats d[2];
+            for (long i = 0; i < 2; i++) {
+                d[i] = Floats{};
+                if (row + i >= l.vocabulary) continue;
+                d[i] = exponential(from_half(scores + i * stride + v) - lse) * factors;
+                d_bias[i] += d[i];
+                to_bf16(rows + i * s.n + first + v, d[i]);
+            }
+            store(kept + 2 * v, paired(d[0], d[1]));
+        }
+    }
+    for (long i = 0; i < 2 && row + i < l.vocabulary; i++) {
+        float total = 0.0f;
+        for (long lane = 0; lane < LANES; lane++) total += d_bias[i][lane];
+        l.d_bias[row + i] = total;
+    }
+}
+
+// The targets' own gradients, from scores that were never rounded: they are the smallest differences.
+void differentiate_targets(const Sizes& s, long begin, long end, Bits* rows) {
+    const Loss& l = s.l;
+    for (long p = 0; p < l.panels; p++) {
+        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
+        for (long position = first; position < std::min(first + stride, l.positions); position++) {
+            const long row = l.targets[position];
+            if (row < begin || row >= end) continue;
+            const float found = l.found[position], lse = l.lse[position], factor = l.factors[position];
+            const float d = std::expm1(found - lse) * factor;
+            Bits sixteen[LANES];
+            to_half(sixteen, clamp(splat(found), 65504.0f));
+            l.d_bias[row] += d - exponential(from_half(sixteen) - lse)[0] * factor;  // what was added before
+            to_bf16(sixteen, splat(d));
+            s.kept(p)[(row & ~1L) * stride + 2 * (position - first) + (row & 1)] = sixteen[0];
+            rows[(row - begin) * s.n + position] = sixteen[0];
+        }
+    }
+}
+
+void differentiate_weights(const Sizes& s) {
+    const Loss& l = s.l;
+    Bits* const rows = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.n + sizeof(float) * ROWS * 4 * LANES);
+    float* const c = (float*)(rows + ROWS * s.n);
+    const Part part(s.v, ROWS);
+    for (long begin = part.begin; begin < part.end; begin += ROWS) {
+        const long end = std::min(begin + ROWS, part.end), real = std::min(end, l.vocabulary) - begin;
+        for (long row = begin; row < end; row += 2) differentiate(s, row, rows + (row - begin) * s.n);
+        differentiate_targets(s, begin, end, rows);
+        if (!l.d_weight || real <= 0) continue;
+        for (long unit = 0; unit < s.h; unit += 4 * LANES) {
+            const long width = std::min(4L, (s.h - unit) / LANES);
+            std::memset(c, 0, sizeof(float) * real * width * LANES);
+            s.multiply(width, rows, s.n, l.packed + unit * s.n, s.n / 2, c, real);
+            const size_t size = sizeof(float) * std::max(0L, std::min(width * LANES, l.hidden - unit));
+            for (long row = 0; row < real; row++)
+                std::memcpy(l.d_weight + (begin + row) * l.hidden + unit, c + row * width * LANES, size);
+        }
+    }
+}
+
+// The features' gradient, transposed, for the thread's own panels; its left factor are the weights, transposed.
+void differentiate_features(const Sizes& s) {
+    const Loss& l = s.l;
+    const Part part(l.panels, 1);
+    if (part.begin == part.end) return;
+    std::fill(s.gathered(part.begin), s.gathered(part.end - 1) + s.width(part.end - 1) * LANES * s.h, 0.0f);
+    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * DEEP * s.h);
+    for (long begin = 0; begin < s.v; begin += DEEP) {
+        const long deep = std::min(DEEP, s.v - begin);
+        for (long k = 0; k < deep; k += 2 * LANES)
+            for (long unit = 0; unit < s.h; unit += LANES) {
+                Words block[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    const long row = begin + k + 2 * i;
+                    block[i] = paired(weights_at(l, row, unit), weights_at(l, row + 1, unit));
+                }
+                transpose(block);
+                for (long i = 0; i < LANES; i++) store(a + (unit + i) * DEEP + k, block[i]);
+            }
+        for (long p = part.begin; p < part.end; p++)
+            s.multiply(
+                s.width(p), a, DEEP, s.kept(p) + begin * s.width(p) * LANES, deep / 2, s.gathered(p), s.h);
+    }
+    for (long p = part.begin; p < part.end; p++) {
+        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
+        for (long position = first; position < std::min(first + stride, l.positions); position++)
+            for (long unit = 0; unit < l.hidden; unit++)
+                l.d_features[position * l.hidden + unit] = s.gathered(p)[unit * stride + position - first];
+    }
+}
+
+void backward(const Sizes& s, Barrier& barrier) {
+    const long team = omp_get_num_threads();
+    pack_by_unit(s);
+    barrier.wait(team);
+    differentiate_weights(s);
+    barrier.wait(team);
+    if (s.l.d_features) differentiate_features(s);
+}
+
+}  // namespace
+
+extern "C" {
+
+int elman_has_tiles() { return tiles_allowed(); }
+
+void elman_linear_loss(const Loss* loss, int is_forward) {
+    const Sizes sizes(*loss);
+    Barrier barrier;
+#pragma omp parallel num_threads(loss->threads)
+    {
+        (is_forward ? forward : backward)(sizes, barrier);
+        release_tiles();
+    }
+}
+
+}

@@ -1,0 +1,126 @@
+"""The compiled loss is the cross-entropy of whole logits, as near as bfloat16 comes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elman.models import compiled, fused_loss, softmax
+from elman.models.softmax import linear_loss
+
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
+SHAPES = [(1, 5, 3), (7, 11, 6), (16, 33, 32), (70, 500, 100), (130, 97, 40), (64, 192, 64)]
+"""Positions, tokens, hidden units."""
+
+
+@pytest.fixture(params=["tiles", "vectors", "portable"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel with each kind of product that it has."""
+    if not HAS_COMPILER:
+        pytest.skip("no C++ compiler is installed")
+    if request.param != "portable" and not HAS_BF16:
+        pytest.skip("the processor has no AVX512-BF16")
+    kernels = compiled.load_library(fused_loss.SOURCE, portable=request.param == "portable")
+    assert kernels is not None
+    if request.param == "tiles" and not kernels.elman_has_tiles():
+        pytest.skip("the processor has no matrix tiles")
+    monkeypatch.setattr(fused_loss, "_kernels", lambda: kernels)
+    monkeypatch.setattr(fused_loss, "_has_tiles", lambda: request.param == "tiles")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def layer(positions: int, tokens: int, hidden_size: int) -> tuple[list[Tensor], Tensor]:
+    """Features, weights and biases that bfloat16 holds exactly, and targets of which some do not count."""
+    torch.manual_seed(0)
+    sizes = ((positions, hidden_size), (tokens, hidden_size), (tokens,))
+    tensors = [(2 * torch.randn(size) * hidden_size**-0.25).bfloat16().float().requires_grad_() for size in sizes]
+    targets_N = torch.randint(tokens, (positions,))
+    targets_N[3::5] = softmax.IGNORED
+    return tensors, targets_N
+
+
+def with_gradients(tensors: list[Tensor], targets_N: Tensor) -> list[Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    return [loss.detach(), *torch.autograd.grad(0.3 * loss, tensors)]
+
+
+def exact(tensors: list[Tensor], targets_N: Tensor) -> list[Tensor]:
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    loss = F.cross_entropy(F.linear(*doubles), targets_N, ignore_index=softmax.IGNORED, reduction="sum")
+    return [loss.detach(), *torch.autograd.grad(0.3 * loss, doubles)]
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_is_good_to_a_millionth_and_every_gradient_to_bfloat16(shape: tuple[int, int, int], threads: int) -> None:
+    torch.set_num_threads(threads)
+    tensors, targets_N = layer(*shape)
+    found, expected = with_gradients(tensors, targets_N), exact(tensors, targets_N)
+    assert distance(found[0], expected[0]) < 2e-6
+    assert all(gradient.dtype == torch.float32 for gradient in found)
+    for ours, true in zip(found[1:], expected[1:], strict=True):
+        assert ours.shape == true.shape
+        assert distance(ours, true) < 0.005
+
+
+def test_a_confident_prediction_has_its_own_small_gradient() -> None:
+    (features_NH, weight_VH, bias_V), _ = layer(16, 64, 32)
+    with torch.no_grad():
+        bias_V[9] += 10.0
+    targets_N = torch.full((16,), 9)
+    found, expected = (f([features_NH, weight_VH, bias_V], targets_N) for f in (with_gradients, exact))
+    for ours, true in zip(found, expected, strict=True):
+        assert distance(ours, true) < 0.02
+
+
+def test_scores_of_any_size_make_no_overflow_and_nan_stays() -> None:
+    tensors, targets_N = layer(20, 50, 32)
+    with torch.no_grad():
+        tensors[0] *= 2**12
+    found, expected = with_gradients(tensors, targets_N), exact(tensors, targets_N)
+    assert distance(found[0], expected[0]) < 1e-5
+    assert all(torch.isfinite(gradient).all() for gradient in found)
+    with torch.no_grad():
+        tensors[0][4, 2] = torch.nan
+    assert with_gradients(tensors, targets_N)[0].isnan()
+
+
+def test_what_is_not_wanted_is_not_computed_and_without_gradients_nothing_is_kept() -> None:
+    (features_NH, weight_VH, bias_V), targets_N = layer(20, 50, 32)
+    every = with_gradients([features_NH, weight_VH, bias_V], targets_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(features_NH.bfloat16(), weight_VH.detach(), bias_V.detach(), targets_N)
+        [alone] = torch.autograd.grad(0.3 * loss, [features_NH])
+        assert torch.equal(alone, every[1])
+        with torch.no_grad():
+            assert torch.equal(linear_loss(features_NH.bfloat16(), weight_VH, bias_V, targets_N), every[0])
+
+
+def test_a_target_that_is_no_token_is_refused() -> None:
+    tensors, targets_N = layer(20, 50, 32)
+    for wrong in (50, -1):
+        targets_N[2] = wrong
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(IndexError, match="target out of range"):
+            linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+
+
+def test_a_loss_goes_backward_once() -> None:
+    tensors, targets_N = layer(20, 50, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once"):
+        loss.backward()
