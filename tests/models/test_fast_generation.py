@@ -62,6 +62,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     assert kernel is not None
     monkeypatch.setattr(fast_generation, "_kernel", lambda: kernel)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -167,17 +168,13 @@ def test_logits_and_state_are_nearly_those_of_double_precision(
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_numbers_depend_neither_on_the_batch_nor_on_threads_nor_on_chunks(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fast_generation, "THREAD_SHARE", 1)
+def test_numbers_depend_neither_on_the_batch_nor_on_threads_nor_on_chunks(kind: str) -> None:
     model, config, uniforms_TB = build(**CELLS[kind], layer_norm=True), GenerationConfig(), draws(20, 33)
-    torch.set_num_threads(1)
     whole = start(model, 33, config)
     ids_TB = whole.advance(uniforms_TB)
-    torch.set_num_threads(3)
     threaded = start(model, 33, config)
-    assert torch.equal(torch.cat([threaded.advance(part_TB) for part_TB in uniforms_TB.split(7)]), ids_TB)
+    parts = zip(uniforms_TB.split(7), (3, 1, 2), strict=True)
+    assert torch.equal(torch.cat([threaded.advance(part_TB, threads) for part_TB, threads in parts]), ids_TB)
     assert torch.equal(threaded.logits, whole.logits)
     for row in (0, 32):
         alone = start(model, 1, config)
@@ -185,23 +182,29 @@ def test_numbers_depend_neither_on_the_batch_nor_on_threads_nor_on_chunks(
         assert torch.equal(alone.logits[0], whole.logits[row])
 
 
-def test_chunks_grow_while_they_are_quick_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_grow_while_they_are_quick_and_all_threads_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = build(), GenerationConfig(length=200, samples=2)
-    lengths: list[int] = []
+    quick = list(generate(model, PROMPT, config))
+    calls: list[tuple[int, int]] = []
     advance = FastGenerator.advance
 
-    def noted(self: FastGenerator, uniforms_TB: Tensor) -> Tensor:
-        lengths.append(len(uniforms_TB))
-        return advance(self, uniforms_TB)
+    def noted(self: FastGenerator, uniforms_TB: Tensor, threads: int) -> Tensor:
+        calls.append((len(uniforms_TB), threads))
+        return advance(self, uniforms_TB, threads)
 
     monkeypatch.setattr(FastGenerator, "advance", noted)
+    monkeypatch.setattr(fast_generation, "THREAD_SHARE", 1)
+    torch.set_num_threads(3)
     monkeypatch.setattr(sampling, "CHUNK_SECONDS", 1e9)
-    quick = list(generate(model, PROMPT, config))
-    assert lengths == [16, 32, 64, 88]
-    lengths.clear()
-    monkeypatch.setattr(sampling, "CHUNK_SECONDS", 0.0)
     assert list(generate(model, PROMPT, config)) == quick
-    assert lengths[:6] == [16, 8, 4, 2, 1, 1]
+    assert [length for length, _ in calls] == [16, 32, 64, 88]
+    assert [threads for _, threads in calls][:3] == [1, 2, 3]
+    calls.clear()
+    monkeypatch.setattr(sampling, "CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(sampling, "CALLS_BETWEEN_TRIALS", 5)
+    assert list(generate(model, PROMPT, config)) == quick
+    assert [length for length, _ in calls[:4]] == [16, 1, 1, 1]
+    assert [threads for _, threads in calls[5:8]] == [1, 2, 3]
 
 
 def test_a_state_beyond_one_is_not_clipped() -> None:

@@ -17,7 +17,7 @@ from elman.models.sampling import draw, filtered_probabilities, generate, next_t
 
 Tiny = Callable[..., LanguageModel]
 P = [0.40, 0.25, 0.15, 0.12, 0.08]
-DRAWS = 20_000
+DRAWS = 10_000
 CRITICAL = {1: 10.828, 2: 13.816, 3: 16.266, 4: 18.467}  # chi-square by degrees of freedom, at 0.001
 
 

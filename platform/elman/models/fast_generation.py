@@ -172,14 +172,15 @@ class FastGenerator:
             repetition_penalty=config.repetition_penalty,
             top_k=min(config.top_k or 0, vocabulary_size),
         )
-        share = self._products * batch_size // THREAD_SHARE
-        self._call.threads = max(1, min(torch.get_num_threads(), share))
+        most = max(1, min(torch.get_num_threads(), self._products * batch_size // THREAD_SHARE))
+        self.thread_counts = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+        """Numbers of threads that may be worth a trial: 1, 2, 4 …"""
 
-    def advance(self, uniforms_TB: Tensor) -> Tensor:
-        """Ids (T, B) of the next tokens, at those quantiles (float64)."""
+    def advance(self, uniforms_TB: Tensor, threads: int = 1) -> Tensor:
+        """Ids (T, B) of the next tokens, at those quantiles (float64); any number of threads gives the same."""
         uniforms_TB = uniforms_TB.contiguous()
         ids_TB = torch.empty(uniforms_TB.shape, dtype=torch.int64)
-        self._call.steps = len(uniforms_TB)
+        self._call.steps, self._call.threads = len(uniforms_TB), threads
         self._call.uniforms, self._call.ids = uniforms_TB.data_ptr(), ids_TB.data_ptr()
         _library().elman_generate(ctypes.byref(self._call))
         return ids_TB

@@ -61,6 +61,22 @@ inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)
 inline Floats floats(Ints value) { return __builtin_convertvector(value, Floats); }
 inline Floats rounded(Floats value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
 
+#ifdef ELMAN_VNNI
+inline Floats clamp(Floats value, float low, float high) {
+    return (Floats)_mm512_min_ps(_mm512_max_ps((__m512)value, _mm512_set1_ps(low)), _mm512_set1_ps(high));
+}
+inline Floats reciprocal(Floats value) {  // a guess of 14 bits, doubled by Newton's step
+    const Floats guess = (Floats)_mm512_rcp14_ps((__m512)value);
+    return guess * (2.0f - value * guess);
+}
+#else
+inline Floats clamp(Floats value, float low, float high) {
+    value = select(value < low, Floats{} + low, value);
+    return select(value > high, Floats{} + high, value);
+}
+inline Floats reciprocal(Floats value) { return 1.0f / value; }
+#endif
+
 inline float largest(Floats value) {
     float most = value[0];
     for (int lane = 1; lane < LANES; lane++) most = value[lane] > most ? value[lane] : most;
@@ -73,11 +89,10 @@ inline float total(Floats value) {
     return sum;
 }
 
-// exp(x), 0 below -87, good to 2e-7 of its value: x = n ln 2 + r, and Cephes' polynomial in r. NaN stays.
+// exp(x) for −87 to 88, and that of the nearer end beyond, good to 2e-7 of its value: x = n ln 2 + r,
+// and Cephes' polynomial in r.
 inline Floats exponential(Floats x) {
-    const Ints tiny = x < -87.0f;
-    x = select(tiny, Floats{}, x);
-    x = select(x > 88.0f, Floats{} + 88.0f, x);
+    x = clamp(x, -87.0f, 88.0f);
     const Floats n = rounded(x * 1.44269504f);
     const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -86,11 +101,10 @@ inline Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    const Ints scale = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return select(tiny, Floats{}, p * (Floats)scale);
+    return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
 }
-inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
-inline Floats tangent(Floats x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }
+inline Floats sigmoid(Floats x) { return reciprocal(1.0f + exponential(-x)); }
+inline Floats tangent(Floats x) { return 1.0f - 2.0f * reciprocal(1.0f + exponential(2.0f * x)); }
 
 // Adds the products of four neighbouring bytes, unsigned times signed, to each lane.
 inline Ints dot(Ints sum, Ints a, Ints b) {
@@ -167,10 +181,7 @@ struct Rows {
     long depth;
 
     void put(long row, long unit, Floats value, float inverse) const {
-        value = value * inverse;
-        value = select(value > LIMIT, Floats{} + LIMIT, value);
-        value = select(value < -LIMIT, Floats{} - LIMIT, value);
-        const Ints bits = __builtin_convertvector(rounded(value), Ints) + (128 * 256 + 128);
+        const Ints bits = __builtin_convertvector(rounded(value * inverse), Ints) + (128 * 256 + 128);
         store(upper + row * depth + unit, __builtin_convertvector(bits >> 8, Bytes));
         store(lower + row * depth + unit, __builtin_convertvector(bits, Bytes));
     }
@@ -284,8 +295,8 @@ void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Row
              float* sums, long stride) {
 #ifdef ELMAN_AMX
     if (tiles.used && rows > 2) {
-        for (long j = 0; j < n; j++)
-            for (long i = 0; i < rows; i += 16)
+        for (long i = 0; i < rows; i += 16)  // whose activations stay in L1
+            for (long j = 0; j < n; j++)
                 tile_product(m, vector + j, a, row + i, std::min(rows - i, 16L), sums + i * stride + j * LANES, stride);
         return;
     }
@@ -328,8 +339,10 @@ struct Sampler {
             most = select(value > most, value, most);
         }
         const float highest = largest(most);
-        for (long i = 0; i < width; i += LANES)
-            store(p.data() + i, exponential((load<Floats>(p.data() + i) - highest) / g.temperature));
+        for (long i = 0; i < width; i += LANES) {
+            const Floats value = (load<Floats>(p.data() + i) - highest) / g.temperature;
+            store(p.data() + i, select(value < -87.0f, Floats{}, exponential(value)));
+        }
         if (g.top_p < 1 || (g.top_k > 0 && g.top_k < size)) keep_likeliest();
         // The likeliest is 1.
         const float floor = g.min_p;
@@ -530,7 +543,7 @@ struct Worker {
             }
             case MINLSTM: {  // f / (f + i), of which 0 / 0 never comes
                 const Floats f = 1.0f + exponential(-sum(0)), i = 1.0f + exponential(-sum(1));
-                h = h + f / (f + i) * (sum(2) - h);
+                h = h + f * reciprocal(f + i) * (sum(2) - h);
                 break;
             }
             default:

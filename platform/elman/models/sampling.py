@@ -28,6 +28,8 @@ FIRST_CHUNK = 16
 """Steps that the compiled kernel takes in its first call."""
 CHUNK_SECONDS = 0.02
 """About how long its later calls take: text should be seen to appear, and little be thrown away after a stop."""
+CALLS_BETWEEN_TRIALS = 50
+"""After so many, all numbers of threads are tried again."""
 
 
 class Hypothesis(NamedTuple):
@@ -131,18 +133,24 @@ def generate(
 
 
 def _in_chunks(generator: FastGenerator, uniforms_TB: Tensor) -> Iterator[list[int]]:
-    """Ids step by step, of which as many are made at once as the clock allows: they do not depend on it."""
-    size = FIRST_CHUNK
+    """Ids step by step; how many are made at once, and on how many threads, is for the clock: they do not depend on it.
+
+    Whether a second thread pays depends on the model, and on who else uses the machine.
+    """
+    seconds: dict[int, float] = {}  # a step, by threads
+    size, calls = FIRST_CHUNK, 0
     while len(uniforms_TB) > 0:
+        untried = [threads for threads in generator.thread_counts if threads not in seconds]
+        threads = untried[0] if untried else min(seconds, key=seconds.__getitem__)
         begin = time.perf_counter()
-        ids_TB = generator.advance(uniforms_TB[:size])
-        seconds = time.perf_counter() - begin
+        ids_TB = generator.advance(uniforms_TB[:size], threads)
+        seconds[threads] = (time.perf_counter() - begin) / len(ids_TB)
         yield from ids_TB.tolist()
         uniforms_TB = uniforms_TB[size:]
-        if seconds < CHUNK_SECONDS / 2:
-            size *= 2
-        elif seconds > CHUNK_SECONDS * 2:
-            size = max(1, size // 2)
+        size = max(1, min(2 * size, int(CHUNK_SECONDS / seconds[threads])))
+        calls += 1
+        if calls % CALLS_BETWEEN_TRIALS == 0:
+            seconds.clear()
 
 
 def next_token(
