@@ -127,7 +127,7 @@ def main() -> None:
     arguments.add_argument("--train-step", type=int, default=4096, help="tokens of a step, trained")
     arguments.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens that each is trained on")
     arguments.add_argument("--minutes", type=float, help="train for this long each, instead")
-    arguments.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    arguments.add_argument("--lr", type=float, default=1.6e-2, help="peak learning rate")
     arguments.add_argument("--seed", type=int, default=1, help="of the trainings")
     arguments.add_argument("--corpus", help="a file or a corpus by name; else the embedded default")
     options = arguments.parse_args()

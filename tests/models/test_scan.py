@@ -174,7 +174,7 @@ def test_kernel_equals_the_scan_in_torch(kind: str, rows: bool, shape: tuple[int
     for found, wanted in zip(case.results(), expected, strict=True):
         assert norm_distance(found, wanted) < 5e-6
     for found, wanted in zip(case.results(bf16=True), expected, strict=True):
-        assert norm_distance(found, wanted) < 0.02
+        assert norm_distance(found, wanted) < 0.04  # the slope of g jumps at 0, where rounding decides
 
 
 @pytest.mark.usefixtures("library")
@@ -193,7 +193,7 @@ def test_kernel_gives_the_same_bits_on_any_number_of_threads(kind: str, rows: bo
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
         leaves = [tensor.clone().requires_grad_() for tensor in (gates, bias, case.h_BH.detach())]
-        out_BTH, last_BH = scan._ScannedWindow.apply(kind, leaves[0], None, *leaves[1:])  # type: ignore[no-untyped-call]
+        out_BTH, last_BH = scan._ScannedWindow.apply(kind, leaves[0].clone(), None, *leaves[1:])  # type: ignore[no-untyped-call]
         loss = (out_BTH * case.d_outputs).sum() + (last_BH * case.d_last).sum()
         results.append([out_BTH, last_BH, *torch.autograd.grad(loss, leaves)])
     for result in results[1:]:
@@ -206,7 +206,7 @@ def test_gates_at_their_ends_are_near_double_precision_in_the_kernel_and_nan_sta
     gates_BTG = extreme_gates(kind, same=False).requires_grad_()
     units = gates_BTG.shape[2] // GATES[kind]
     h_BH, bias_G = torch.randn(1, units), torch.zeros(gates_BTG.shape[2])
-    found_BTH, _ = scan._ScannedWindow.apply(kind, gates_BTG, None, bias_G, h_BH)  # type: ignore[no-untyped-call]
+    found_BTH, _ = scan._ScannedWindow.apply(kind, gates_BTG.clone(), None, bias_G, h_BH)  # type: ignore[no-untyped-call]
     clamped_BTG = gates_BTG.double().clamp(-80, 80)  # beyond, two shut gates of the minLSTM are as good as equal
     expected_BTH = loop(*minimal_gates(kind, clamped_BTG), h_BH.double())
     torch.testing.assert_close(found_BTH.double(), expected_BTH, rtol=0, atol=1e-3)
@@ -217,6 +217,15 @@ def test_gates_at_their_ends_are_near_double_precision_in_the_kernel_and_nan_sta
     spoilt_BTH, _ = scan._ScannedWindow.apply(kind, gates_BTG, None, bias_G, h_BH)  # type: ignore[no-untyped-call]
     assert spoilt_BTH[0, 5:, 0].isnan().all()
     assert spoilt_BTH.isnan().sum() == 4091
+
+
+@pytest.mark.usefixtures("library")
+def test_a_second_backward_is_refused_for_the_first_has_overwritten_what_it_needs() -> None:
+    layer = layer_of("mingru", 4).float()
+    out_BTH, _ = layer(torch.randn(2, 3, I), (torch.zeros(2, 4),))
+    out_BTH.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once"):
+        out_BTH.sum().backward()
 
 
 @pytest.mark.usefixtures("library")

@@ -134,20 +134,24 @@ def mingru_cell(x_BI: Tensor, state: CellState, weights: CellWeights) -> CellSta
 
     ::
 
-        z = σ(W_z x_t + b_z)                        h̃ = W_h x_t + b_h
-        h_t = (1−z) ⊙ h_{t-1} + z ⊙ h̃
+        z = σ(W_z x_t + b_z)                        h̃ = g(W_h x_t + b_h)
+        h_t = (1−z) ⊙ h_{t-1} + z ⊙ h̃               g(x) = x + 0.5 where x ≥ 0, σ(x) elsewhere
 
     Given the inputs it is linear in h, so that all steps of a window can be computed at once.
-    This is the definition of the paper's text, whose state may be of either sign. The paper's
-    log-space form puts g(W_h x_t + b_h) for h̃, with g(x) = x + 0.5 where x ≥ 0 and σ(x)
-    elsewhere, so that log h exists; scan.py takes no logarithm, and so needs no g.
 
-    Source: Feng et al. (2024), Were RNNs All We Needed?, arXiv:2410.01201, section 3.1.
+    The paper has two forms: in its text h̃ is W_h x_t + b_h alone; this is the other, which it
+    trains with, and whose g makes h̃ positive so that log h exists. scan.py takes no logarithm,
+    and would not need it; but the models are better by it. Of three layers of 256 units,
+    trained on 400,000 characters of the Bible, validation came to 2.279 bits per byte with g
+    and 2.325 without at a learning rate of 0.008, 2.215 and 2.261 at 0.016 (one run each).
+
+    Source: Feng et al. (2024), Were RNNs All We Needed?, arXiv:2410.01201, section 3.1, and for
+    g the appendix on the log-space form.
     """
     (h_BH,) = state
     z_BH, candidate_BH = (x_BI @ weights.weight_ih.T + weights.bias_ih).chunk(2, dim=-1)
     z_BH = torch.sigmoid(z_BH)
-    return ((1 - z_BH) * h_BH + z_BH * candidate_BH,)
+    return ((1 - z_BH) * h_BH + z_BH * _positive(candidate_BH),)
 
 
 def minlstm_cell(x_BI: Tensor, state: CellState, weights: CellWeights) -> CellState:
@@ -157,16 +161,16 @@ def minlstm_cell(x_BI: Tensor, state: CellState, weights: CellWeights) -> CellSt
 
         f = σ(W_f x_t + b_f)                        i = σ(W_i x_t + b_i)
         f' = f / (f+i)                              i' = i / (f+i)
-        h̃ = W_h x_t + b_h                           h_t = f' ⊙ h_{t-1} + i' ⊙ h̃
+        h̃ = g(W_h x_t + b_h)                        h_t = f' ⊙ h_{t-1} + i' ⊙ h̃
 
-    Of its two forms in the paper this is again the one without g; see ``mingru_cell``.
+    Of the paper's two forms this is again the one with g; see ``mingru_cell``.
 
     Source: Feng et al. (2024), arXiv:2410.01201, section 3.2.
     """
     (h_BH,) = state
     f_BH, i_BH, candidate_BH = (x_BI @ weights.weight_ih.T + weights.bias_ih).chunk(3, dim=-1)
     f_BH, i_BH = torch.sigmoid(f_BH), torch.sigmoid(i_BH)
-    return (f_BH / (f_BH + i_BH) * h_BH + i_BH / (f_BH + i_BH) * candidate_BH,)
+    return (f_BH / (f_BH + i_BH) * h_BH + i_BH / (f_BH + i_BH) * _positive(candidate_BH),)
 
 
 CELLS: dict[str, Cell] = {
@@ -191,6 +195,10 @@ def unroll(cell: Cell, x_BTI: Tensor, state: CellState, weights: CellWeights) ->
         state = cell(x_BI, state, weights)
         outputs.append(state[0])
     return torch.stack(outputs, dim=1), state
+
+
+def _positive(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
 def _affine(x_BI: Tensor, h_BH: Tensor, weights: CellWeights) -> Tensor:

@@ -68,6 +68,17 @@ inline Floats exponential(Floats x) {
     return p * (Floats)(((Words)shifted + 127) << 23);
 }
 
+// g of cells.py, and its slope.
+struct Positive {
+    Floats value, slope;
+
+    explicit Positive(Floats x) {
+        const Floats e = exponential(-x), sigmoid = 1.0f / (1.0f + e);
+        value = select(x >= 0.0f, x + 0.5f, sigmoid);
+        slope = select(x >= 0.0f, 1.0f - Floats{}, e * sigmoid * sigmoid);
+    }
+};
+
 // The cells of cells.py. ``back`` takes the gradient of the new state, gives those of the gates, and
 // returns that of the state before. -----------------------------------------------------------------
 
@@ -75,12 +86,13 @@ struct MinGru {
     static constexpr long GATES = 2;  // z h̃
 
     static Floats step(const Floats* gates, Floats h) {
-        return h + (gates[1] - h) / (1.0f + exponential(-gates[0]));
+        return h + (Positive(gates[1]).value - h) / (1.0f + exponential(-gates[0]));
     }
     static Floats back(const Floats* gates, Floats before, Floats d_h, Floats* d_gates) {
         const Floats e = exponential(-gates[0]), z = 1.0f / (1.0f + e), keep = e * z;
-        d_gates[0] = d_h * (gates[1] - before) * z * keep;
-        d_gates[1] = d_h * z;
+        const Positive candidate(gates[1]);
+        d_gates[0] = d_h * (candidate.value - before) * z * keep;
+        d_gates[1] = d_h * z * candidate.slope;
         return d_h * keep;
     }
 };
@@ -90,15 +102,16 @@ struct MinLstm {
 
     static Floats step(const Floats* gates, Floats h) {
         const Floats f = exponential(-gates[0]), i = exponential(-gates[1]);
-        return h + (gates[2] - h) * ((1.0f + f) / (2.0f + f + i));
+        return h + (Positive(gates[2]).value - h) * ((1.0f + f) / (2.0f + f + i));
     }
     static Floats back(const Floats* gates, Floats before, Floats d_h, Floats* d_gates) {
         const Floats f = exponential(-gates[0]), i = exponential(-gates[1]), both = 1.0f / (2.0f + f + i);
         const Floats keep = (1.0f + i) * both, add = (1.0f + f) * both;
-        const Floats d_ratio = d_h * (before - gates[2]) * keep * add;  // of log f − log i
+        const Positive candidate(gates[2]);
+        const Floats d_ratio = d_h * (before - candidate.value) * keep * add;  // of log f − log i
         d_gates[0] = d_ratio * (f / (1.0f + f));
         d_gates[1] = -d_ratio * (i / (1.0f + i));
-        d_gates[2] = d_h * add;
+        d_gates[2] = d_h * add * candidate.slope;
         return d_h * keep;
     }
 };

@@ -41,7 +41,8 @@ def minimal_gates(kind: str, gates_BTG: Tensor) -> tuple[Tensor, Tensor]:
     else:
         f_BTH, i_BTH, candidate_BTH = gates_BTG.chunk(3, dim=-1)
         z_BTH = F.logsigmoid(i_BTH) - F.logsigmoid(f_BTH)
-    return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * candidate_BTH
+    positive_BTH = torch.where(candidate_BTH >= 0, candidate_BTH + 0.5, torch.sigmoid(candidate_BTH))
+    return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * positive_BTH
 
 
 
@@ -166,7 +167,7 @@ class _ScannedWindow(torch.autograd.Function):
     def forward(
         ctx: Any, kind: str, gates: Tensor, tokens_BT: Tensor | None, bias_G: Tensor, h_BH: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gates are (B, T, G), or with tokens a table (V, G)."""
+        """Gates are (B, T, G), for nobody else's use, or with tokens a table (V, G)."""
         gates, bias_G = gates.detach().contiguous(), bias_G.detach().float().contiguous()
         before_BH = h_BH.detach().float().contiguous()
         last_BH = before_BH.clone()
@@ -174,15 +175,18 @@ class _ScannedWindow(torch.autograd.Function):
         out_BTH = gates.new_empty(last_BH.shape[0], length, last_BH.shape[1])
         _call(kind, {"tokens": tokens_BT, "gates": gates, "bias": bias_G, "h": last_BH, "outputs": out_BTH})
         ctx.save_for_backward(gates, tokens_BT, bias_G, before_BH, out_BTH)
-        ctx.kind = kind
+        ctx.kind, ctx.spent = kind, False
         return out_BTH, last_BH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_BTH: Tensor, d_last_BH: Tensor) -> tuple[Tensor | None, ...]:
-        """In the opposite order; the gates' functions are computed again."""
+        """In the opposite order; the gates' functions are computed again, and their gradients put in their place."""
+        if ctx.spent:
+            raise RuntimeError("A scanned window goes backward once: what it saved is overwritten.")
+        ctx.spent = True
         gates, tokens_BT, bias_G, before_BH, out_BTH = ctx.saved_tensors
-        d_gates = torch.empty_like(gates) if tokens_BT is None else torch.zeros_like(gates, dtype=torch.float32)
+        d_gates = gates if tokens_BT is None else torch.zeros_like(gates, dtype=torch.float32)
         d_bias_G = torch.zeros_like(bias_G)
         d_h_BH = d_last_BH.to(torch.float32, copy=True).contiguous()
         call = {
