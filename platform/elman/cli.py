@@ -336,6 +336,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     from elman.training.loading import load_model, needs_store
     from elman.training.progress import terminal_reporter
 
+    if values["split"] not in ("train", "validation", "test"):
+        raise ConfigError(f"--split must be train, validation or test, got {values['split']!r}.")
     changes = {key: value for key, value in given.items() if "." in key}
     tracking = flags.build(TrackingConfig, given, prefix="tracking.")
     loaded = load_model(values["model"], open_to_read(tracking) if needs_store(values["model"]) else None)
@@ -466,6 +468,7 @@ def compare(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--{stray} belongs to --tournament FILE; runs are compared as they are.")
     if len(values["runs"]) < 2:
         raise ConfigError("elman compare needs two or more runs: `elman runs` lists them.")
+    _check_picture(values["output"])
     store = _store(flags, given)
 
     from elman.tracking.compare import compare_runs, write_curves
@@ -474,7 +477,11 @@ def compare(arguments: Sequence[str]) -> int:
     comparison = compare_runs([store.find_run(run) for run in values["runs"]])
     default = local_root() / "comparisons" / ("-".join(run.id[:8] for run in comparison.runs) + ".png")
     path = Path(values["output"] or default)
-    write_curves(store, comparison.runs, path)
+    try:
+        write_curves(store, comparison.runs, path)
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"--output {path} cannot be written ({why}): name a PNG where you may write.") from None
     if values["json"]:
         _print_json({"runs": [run.id for run in comparison.runs], "settings": comparison.settings,
                      "metrics": comparison.metrics, "notes": comparison.notes, "curves": str(path)})  # fmt: skip
@@ -493,6 +500,16 @@ def compare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_picture(output: str | None) -> None:
+    """Refuse a picture that cannot be written, before what it shows is worked out."""
+    if output is None:
+        return
+    path = Path(output).absolute()
+    above = next(folder for folder in path.parents if os.path.exists(folder))  # noqa: PTH110 - long paths make it raise
+    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"--output must be a .png, .pdf or .svg where you may write, got {output!r}.")
+
+
 def _tournament(values: Mapping[str, Any], changes: Mapping[str, Any]) -> int:
     from elman.config.tournament import load_tournament
     from elman.training.progress import duration, terminal_reporter
@@ -501,6 +518,7 @@ def _tournament(values: Mapping[str, Any], changes: Mapping[str, Any]) -> int:
         raise ConfigError(f"elman compare takes runs or --tournament FILE, not both; got {values['runs'][0]!r}.")
     if not 1 <= values["workers"] <= 1024:
         raise ConfigError(f"--workers must be from 1 to 1024, got {values['workers']}.")
+    _check_picture(values["output"])
     plan = load_tournament(values["tournament"], changes)
     reporter = terminal_reporter()
     reporter.stage("loading libraries")
@@ -745,7 +763,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from elman.config.tree import nearest
 
         hint = nearest(command, COMMANDS)
-        raise ConfigError(f"{command} is not a command of elman.{hint} `elman --help` lists them.")
+        raise ConfigError(f"{command or 'Nothing'} is not a command of elman.{hint} `elman --help` lists them.")
     return COMMANDS[command](arguments[1:])
 
 

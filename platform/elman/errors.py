@@ -4,13 +4,20 @@ Every mistake a user can make ends as an ElmanError; the command line prints its
 message and exits with code 2. Anything else is a failure of ours.
 """
 
+import re
+
 LONGEST_LINE = 1000
 """Characters of a message; what a file holds, or an attacker named it, may be of any length."""
 
 
+def without_password(text: str) -> str:
+    """A text whose addresses are fit to be shown: what stands before the host's @ is cut."""
+    return re.sub(r"(://)[^/\s'\"]*@", r"\1***@", text)
+
+
 def one_line(message: str) -> str:
-    """A message fit for a terminal: one line, no control or invisible characters, its middle cut where it is long."""
-    words = " ".join(message.split())
+    """A message fit for a terminal: one line, no password, no control or invisible characters, not too long."""
+    words = without_password(" ".join(message.split()))
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     half = LONGEST_LINE // 2
     return shown if len(shown) <= LONGEST_LINE else f"{shown[:half]} … {shown[-half:]}"

@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
-from elman.errors import ConfigError
+from elman.errors import ConfigError, without_password
 
 Cell = Literal["rnn", "lstm", "gru", "gru_reset_before", "mingru", "minlstm", "transformer"]
 Level = Literal["byte", "character", "word", "bpe"]
@@ -53,6 +53,12 @@ def check_name(name: str, value: str | None) -> None:
     """Names become folders and addresses: an allow-list keeps ``../`` and invisible characters out of both."""
     holds = value is None or re.fullmatch(r"\w[\w .,+=()-]{0,127}", value) is not None
     require(holds, name, value, "a name of up to 128 letters, digits, spaces and . , + = ( ) _ -")
+
+
+def check_store(name: str, value: str | None) -> None:
+    """An address of a kind that is tested; MLflow takes others, some of which run what they are told to."""
+    holds = not value or re.match(r"((sqlite|postgresql|mysql)(\+\w+)?|https?)://", value) is not None
+    require(holds, name, without_password(value or ""), "sqlite:///PATH, postgresql://…, mysql://… or http(s)://…")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +419,7 @@ class TrackingConfig:
     """Sample processor, memory and GPU use while training."""
 
     def __post_init__(self) -> None:
+        check_store("tracking.uri", self.uri)
         check_name("tracking.experiment", self.experiment)
         check_name("tracking.register", self.register)
 

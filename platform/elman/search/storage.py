@@ -54,6 +54,11 @@ def open_storage(url: str | None, note: Callable[[str], None] | None = None) -> 
     # What it migrates and retries is no news; what fails is said once, by us.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
+    if not re.match(r"((sqlite|postgresql|mysql)(\+\w+)?|grpc)://|journal:", url):
+        raise TrackingError(
+            f"search.storage {without_password(url)} is no storage: give sqlite:///PATH, postgresql://…, mysql://…, "
+            "journal:PATH or grpc://HOST:PORT."
+        )
     try:
         with _schema_lock(url):
             inner = _open(url, note or log.warning)
@@ -75,11 +80,6 @@ def _open(url: str, note: Callable[[str], None]) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path)))
     if url.startswith("grpc://"):
         return _open_proxy(url)
-    if not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", url):
-        raise TrackingError(
-            f"search.storage {without_password(url)} is no storage: give sqlite:///PATH, postgresql://…, mysql://…, "
-            "journal:PATH or grpc://HOST:PORT."
-        )
     url = re.sub(r"^postgresql://", "postgresql+psycopg://", url)
     url = re.sub(r"^mysql://", "mysql+pymysql://", url)
     if url.startswith("sqlite:///"):
@@ -113,9 +113,12 @@ def _schema_lock(url: str) -> Iterator[None]:
             yield
         return
     local_root().mkdir(parents=True, exist_ok=True)
-    with (local_root() / ".search.lock").open("w") as lock:
+    with (local_root() / ".search.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+_JOURNAL = b'{"op_code"'
 
 
 def _mend_journal(path: Path, note: Callable[[str], None]) -> None:
@@ -124,6 +127,8 @@ def _mend_journal(path: Path, note: Callable[[str], None]) -> None:
         return
     with path.open("rb+") as file:
         content = file.read()
+        if content[: len(_JOURNAL)] != _JOURNAL[: len(content)]:  # a text of the user's must stay whole
+            raise TrackingError(f"search.storage journal:{path} is no journal of Optuna: name another file.")
         whole = content.rfind(b"\n") + 1
         if whole != len(content):
             note(f"{path}: its last line was torn by a killed writer, and is cut off")

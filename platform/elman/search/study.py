@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -108,6 +109,10 @@ def join_study(name: str, plan_config: SearchConfig, base: ExperimentConfig, rep
     Raises:
         TrackingError: There is no such study there, or its runs are recorded elsewhere.
     """
+    kept = plan_config.search.storage or ""
+    path = kept.removeprefix("sqlite:///").removeprefix("journal:")
+    if path != kept and not Path(path).exists():  # to open it would make it
+        raise TrackingError(f"--join {name}: {path} does not exist: --storage must be where the study is kept.")
     storage = open_storage(plan_config.search.storage, reporter.note)
     study = _find_study(storage, name, plan_config.search.storage)
     facts = study.user_attrs.get("elman", {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from elman.errors import TrackingError
+from elman.errors import without_password as without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -160,8 +160,3 @@ _IN_SHORT = {
     "Name or service not known": "there is no such host",
     "database is locked": "another process writes",
 }
-
-
-def without_password(uri: str) -> str:
-    """A URI fit to be shown: what stands before the host's @ is cut."""
-    return re.sub(r"(://)[^/@\s]*@", r"\1***@", uri)

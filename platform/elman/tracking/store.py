@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from elman.config.load import dump_yaml
-from elman.config.schema import ExperimentConfig, TrackingConfig
+from elman.config.schema import ExperimentConfig, TrackingConfig, check_store
 from elman.config.tree import flatten, signature
 from elman.errors import TrackingError
 from elman.tracking.absence import (
@@ -82,7 +82,9 @@ def warm() -> None:
 
 def tracking_uri(config: TrackingConfig) -> str:
     """The URI in force: the setting, else MLFLOW_TRACKING_URI, else sqlite under ./mlruns."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri()
+    own = os.environ.get("MLFLOW_TRACKING_URI")
+    check_store("MLFLOW_TRACKING_URI", own)
+    return config.uri or own or local_uri()
 
 
 def refuse_unmade(config: TrackingConfig) -> None:
@@ -203,7 +205,7 @@ class RunStore:
                 raise
             if not absent and not isinstance(error, MlflowException) and type(error).__module__.split(".")[0] not in (
                 "sqlalchemy", "requests", "urllib3",
-            ):  # fmt: skip
+            ) and not isinstance(error, ImportError):  # fmt: skip
                 raise
             message = (
                 f"The tracking store {without_password(self.uri)} cannot be used ({in_short(error)}): "
@@ -451,6 +453,8 @@ class RunStore:
         Raises:
             TrackingError: There is none, or several begin so.
         """
+        if not run_id.strip():
+            raise TrackingError("The run's id is empty: `elman runs` lists them.")
         if re.fullmatch(r"[0-9a-f]{32}", run_id):
             from mlflow.exceptions import MlflowException
 
