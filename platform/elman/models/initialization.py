@@ -25,19 +25,19 @@ def initialize_embedding(weight_VE: Tensor, *, std: float, start_id: int, vocabu
         nn.init.zeros_(weight_VE[start_id])
 
 
-def embedding_std(embedding_size: int, *, is_output: bool, normalized: bool) -> float:
+def embedding_std(embedding_size: int, *, is_output: bool, unit_features: bool) -> float:
     """Standard deviation of the embedding.
 
     1, unless the same matrix scores the features directly. Then logits should begin small too,
-    which asks for 1 / √E where the features are normalized; where they are not (an LSTM's begin
-    near 0.1), √ of that is the middle between the two demands. On characters, an LSTM of 128
-    units so tied is after 200 steps 0.4 nats ahead of one that starts from ±0.1 as in Merity
-    et al. (2018), arXiv:1708.02182.
+    which asks for 1 / √E where the features begin near one, normalised as the transformer's or
+    positive as the minimal cells'; where they do not (an LSTM's begin near 0.1), √ of that is the
+    middle between the two demands. On characters, an LSTM of 128 units so tied is after 200 steps
+    0.4 nats ahead of one that starts from ±0.1 as in Merity et al. (2018), arXiv:1708.02182.
     """
     if not is_output:
         return 1.0
     small = 1 / sqrt(embedding_size)
-    return small if normalized else sqrt(small)
+    return small if unit_features else sqrt(small)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.config.schema import RECURRENT_CELLS, ModelConfig
+from elman.config.schema import MINIMAL_CELLS, RECURRENT_CELLS, ModelConfig
 from elman.errors import ConfigError, ModelError
 from elman.models.count import count_parameters, refuse_what_no_memory_holds, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         std = embedding_std(
             config.embedding_size,
             is_output=config.tie_weights and self.projection is None,
-            normalized=config.cell == "transformer",
+            unit_features=config.cell in ("transformer", *MINIMAL_CELLS),
         )
         initialize_embedding(self.embedding.weight, std=std, start_id=start_id, vocabulary_size=vocabulary_size)
 
