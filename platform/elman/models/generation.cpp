@@ -105,6 +105,7 @@ inline Floats exponential(Floats x) {
 }
 inline Floats sigmoid(Floats x) { return reciprocal(1.0f + exponential(-x)); }
 inline Floats tangent(Floats x) { return 1.0f - 2.0f * reciprocal(1.0f + exponential(2.0f * x)); }
+inline Floats positive(Floats x) { return select(x < 0.0f, sigmoid(x), x + 0.5f); }  // of the minimal cells
 
 // Adds the products of four neighbouring bytes, unsigned times signed, to each lane.
 inline Ints dot(Ints sum, Ints a, Ints b) {
@@ -538,12 +539,12 @@ struct Worker {
             }
             case MINGRU: {
                 const Floats z = sigmoid(sum(0));
-                h = h + z * (sum(1) - h);
+                h = h + z * (positive(sum(1)) - h);
                 break;
             }
             case MINLSTM: {  // f / (f + i), of which 0 / 0 never comes
                 const Floats f = 1.0f + exponential(-sum(0)), i = 1.0f + exponential(-sum(1));
-                h = h + f * reciprocal(f + i) * (sum(2) - h);
+                h = h + f * reciprocal(f + i) * (positive(sum(2)) - h);
                 break;
             }
             default:

@@ -90,11 +90,23 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return ids_B.clamp_(max=probabilities_BV.shape[1] - 1)
 
 
-@torch.inference_mode()
 def generate(
     model: LanguageModel, prompt_ids: Sequence[int], config: GenerationConfig, *, forbidden: Sequence[int] = ()
 ) -> Iterator[list[int]]:
-    """Continue a prompt, one token at a time.
+    """Continue a prompt, one token at a time: see ``generate_chunks``.
+
+    Yields:
+        The next id of every sample.
+    """
+    for ids_TB in generate_chunks(model, prompt_ids, config, forbidden=forbidden):
+        yield from ids_TB.tolist()
+
+
+@torch.inference_mode()
+def generate_chunks(
+    model: LanguageModel, prompt_ids: Sequence[int], config: GenerationConfig, *, forbidden: Sequence[int] = ()
+) -> Iterator[Tensor]:
+    """Continue a prompt, as many tokens at a time as come in the twinkling of an eye.
 
     Args:
         model: Runs in evaluation mode, and is put back as it was.
@@ -103,8 +115,8 @@ def generate(
         forbidden: Tokens that are never generated.
 
     Yields:
-        The next id of every sample. The same seed gives the same ids; each sample has draws of
-        its own, and the first has the same ones whatever the number of samples and the length.
+        The next ids (T, B) of every sample. The same seed gives the same ids; each sample has draws
+        of its own, and the first has the same ones whatever the number of samples and the length.
 
     Raises:
         ModelError: If every token is forbidden.
@@ -119,21 +131,21 @@ def generate(
             seen_BV[:, list(prompt_ids)] = True
         generator = torch.Generator().manual_seed(config.seed)
         uniforms_TB = torch.rand(config.samples, config.length, generator=generator, dtype=torch.float64).T
-        uniforms_TB = uniforms_TB.to(logits_BV.device)
         if is_fast(model):
             yield from _in_chunks(FastGenerator(model, config, logits_BV, state, bias_V, seen_BV), uniforms_TB)
             return
+        uniforms_TB = uniforms_TB.to(logits_BV.device)
         for step, uniform_B in enumerate(uniforms_TB.unbind(), start=1):
             ids_B = next_token(logits_BV, config, uniform_B, seen_BV)
-            yield ids_B.tolist()
+            yield ids_B.unsqueeze(0)
             if seen_BV is not None:
                 seen_BV.scatter_(1, ids_B.unsqueeze(1), True)
             if step < config.length:
                 logits_BV, state = _step(model, ids_B, state, bias_V)
 
 
-def _in_chunks(generator: FastGenerator, uniforms_TB: Tensor) -> Iterator[list[int]]:
-    """Ids step by step; how many are made at once, and on how many threads, is for the clock: they do not depend on it.
+def _in_chunks(generator: FastGenerator, uniforms_TB: Tensor) -> Iterator[Tensor]:
+    """Ids (T, B); how many are made at once, and on how many threads, is for the clock: they do not depend on it.
 
     Whether a second thread pays depends on the model, and on who else uses the machine.
     """
@@ -145,7 +157,7 @@ def _in_chunks(generator: FastGenerator, uniforms_TB: Tensor) -> Iterator[list[i
         begin = time.perf_counter()
         ids_TB = generator.advance(uniforms_TB[:size], threads)
         seconds[threads] = (time.perf_counter() - begin) / len(ids_TB)
-        yield from ids_TB.tolist()
+        yield ids_TB
         uniforms_TB = uniforms_TB[size:]
         size = max(1, min(2 * size, int(CHUNK_SECONDS / seconds[threads])))
         calls += 1

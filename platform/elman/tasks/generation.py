@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from elman.config.schema import GenerationConfig
 from elman.errors import DataError
 from elman.models.language_model import LanguageModel
-from elman.models.sampling import beam_search, generate
+from elman.models.sampling import beam_search, generate_chunks
 from elman.text.tokenizer import StreamDecoder, Tokenizer
 
 OnUnknown = Literal["refuse", "skip"]
@@ -22,8 +22,8 @@ class _Stopper:
         self._held = ""
         self.ended = False
 
-    def feed(self, token: int) -> str:
-        return "" if self.ended else self._release(self._decoder.feed(token), final=False)
+    def feed(self, tokens: Iterable[int]) -> str:
+        return "" if self.ended else self._release("".join(map(self._decoder.feed, tokens)), final=False)
 
     def flush(self) -> str:
         return "" if self.ended else self._release(self._decoder.flush(), final=True)
@@ -84,8 +84,8 @@ class TextGenerator:
         """
         ids = self.encode(prompt, on_unknown)
         stoppers = [self._stopper(ids, config) for _ in range(config.samples)]
-        for tokens in generate(self.model, ids, config, forbidden=self._forbidden):
-            yield [stopper.feed(int(token)) for stopper, token in zip(stoppers, tokens, strict=True)]
+        for ids_TB in generate_chunks(self.model, ids, config, forbidden=self._forbidden):
+            yield [stopper.feed(tokens) for stopper, tokens in zip(stoppers, ids_TB.t().tolist(), strict=True)]
             if all(stopper.ended for stopper in stoppers):
                 break
         yield [stopper.flush() for stopper in stoppers]
@@ -113,6 +113,6 @@ class TextGenerator:
         ids = self.encode(prompt, on_unknown)
         for hypothesis in beam_search(self.model, ids, config, forbidden=self._forbidden):
             stopper = self._stopper(ids, config)
-            text = "".join(stopper.feed(int(i)) for i in hypothesis.ids) + stopper.flush()
+            text = stopper.feed(hypothesis.ids) + stopper.flush()
             found.append((text, hypothesis.log_probability))
         return found
