@@ -176,3 +176,13 @@ def test_the_ranges_of_a_text_in_order_read_it_once() -> None:
 @pytest.mark.parametrize("text", ["", " \n", "a", "a b", " a  b\n", "a\x1cb\x1d\x1e c\x1f", "\va\f\r\tb", "é\u3000 b "])
 def test_white_space_is_normalised_as_split_does(text: str) -> None:
     assert encode._without_runs_of_space(text).decode() == " ".join(text.split())
+
+
+@given(texts=st.lists(st.text("aé") | st.text("aéЖ世") | st.text("aЖ\U0001f600"), max_size=4))
+def test_characters_are_counted_whatever_their_width(texts: list[str]) -> None:
+    assert encode._count_characters(texts) == dict(sorted(Counter("".join(texts)).items()))
+    tokenizer = Tokenizer.from_characters(Counter("aЖ"))
+    for text in texts:
+        tokens, facts = encoded(in_blocks(text, 3), tokenizer)
+        assert tokens == tokenizer.encode(text) == [{"a": 1, "Ж": 2}.get(character, 0) for character in text]
+        assert (facts.bytes, facts.characters) == (len(text.encode()), len(text))

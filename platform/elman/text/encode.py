@@ -176,9 +176,22 @@ def _texts(stream: Stream, level: Level, advance: Advance) -> Iterator[str]:
 def _count_characters(texts: Iterable[str]) -> dict[str, int]:
     counts: NDArray[np.int64] = np.zeros(0x110000, dtype=np.int64)
     for text in texts:
-        found = np.bincount(code_points(text))
-        counts[: len(found)] += found
+        codes = code_points(text)
+        if codes.itemsize == 1:
+            counts[:256] += _count_bytes(codes)
+        else:
+            found = np.bincount(codes)
+            counts[: len(found)] += found
     return {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
+
+
+def _count_bytes(codes: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int64]:
+    """How often each of 256 values occurs; two at a time, which is twice as fast."""
+    odd = len(codes) % 2
+    pairs = np.bincount(codes[odd:].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    counts: NDArray[np.int64] = pairs.sum(axis=0) + pairs.sum(axis=1)
+    counts[codes[:odd]] += 1
+    return counts
 
 
 class _SymbolCounter:
@@ -200,17 +213,25 @@ class _SymbolCounter:
         """Ids of each text; the counts go to ``encoded``."""
         if self.tokenizer.level == "word":
             return [self._encode_words(split_words(text), encoded) for text in texts]
-        arrays = self._encode_batch(texts)
         encoded.characters += sum(map(len, texts))
+        if self.tokenizer.level == "character":
+            return [self._encode_characters(text, encoded) for text in texts]
+        arrays = self._encode_batch(texts)
         if self.tokenizer.level == "byte":
             encoded.bytes += sum(map(len, arrays))
         else:
             encoded.bytes += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
-        if self.tokenizer.level == "character":
-            for text, ids in zip(texts, arrays, strict=True):
-                unknown = np.flatnonzero(ids == self.tokenizer.unknown_id)
-                self.hidden.update(text[place] for place in unknown)
         return arrays
+
+    def _encode_characters(self, text: str, encoded: EncodedText) -> NDArray[np.unsignedinteger[Any]]:
+        codes = code_points(text)
+        ids = self.tokenizer.ids_of_code_points(codes)
+        self.hidden.update(text[place] for place in np.flatnonzero(ids == self.tokenizer.unknown_id))
+        beyond = (0x80, 0x800, 0x10000)  # where UTF-8 needs another byte
+        encoded.bytes += len(codes)
+        if not text.isascii():
+            encoded.bytes += sum(int(np.count_nonzero(codes >= border)) for border in beyond[: codes.itemsize])
+        return ids
 
     def _encode_words(self, words: list[str], encoded: EncodedText) -> NDArray[np.unsignedinteger[Any]]:
         ids = self.tokenizer.ids_of_words(words)

@@ -47,8 +47,15 @@ def split_words(text: str) -> list[str]:
     return text.replace("\n", f" {END_OF_LINE} ").split()
 
 
-def code_points(text: str) -> NDArray[np.uint32]:
-    """Unicode code points of the text, one a character."""
+def code_points(text: str) -> NDArray[np.unsignedinteger[Any]]:
+    """Unicode code points of the text, one a character, in the smallest type that it takes to copy them at once."""
+    try:
+        return np.frombuffer(text.encode("latin-1"), dtype=np.uint8)
+    except UnicodeEncodeError:
+        pass
+    units = text.encode("utf-16-le", "surrogatepass")
+    if len(units) == 2 * len(text):
+        return np.frombuffer(units, dtype="<u2")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
@@ -244,17 +251,18 @@ class Tokenizer:
         if self.level == "word":
             return [self.ids_of_words(split_words(text)) for text in texts]
         if self.level == "character":
-            return [self._ids_of_characters(text) for text in texts]
+            return [self.ids_of_code_points(code_points(text)) for text in texts]
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
     def ids_of_words(self, words: Sequence[str]) -> NDArray[np.unsignedinteger[Any]]:
         """Ids of words that ``split_words`` gave."""
         return np.fromiter(map(self._ids.__getitem__, words), dtype=self.dtype, count=len(words))
 
-    def _ids_of_characters(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
-        if self.dtype.itemsize == 1 and text.isascii():
-            return np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=self.dtype)
-        return self._table.take(code_points(text), mode="clip")  # no code point lies beyond; it spares the check
+    def ids_of_code_points(self, codes: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.unsignedinteger[Any]]:
+        """Ids of characters that ``code_points`` gave, at character level."""
+        if self.dtype.itemsize == 1 and codes.itemsize == 1:
+            return np.frombuffer(codes.tobytes().translate(self._latin_1_table), dtype=self.dtype)
+        return self._table.take(codes, mode="clip")  # no code point lies beyond; it spares the check
 
     @cached_property
     def _table(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -266,7 +274,7 @@ class Tokenizer:
         return table
 
     @cached_property
-    def _ascii_table(self) -> bytes:
+    def _latin_1_table(self) -> bytes:
         return self._table[:256].tobytes()
 
     def unknown_symbols(self, text: str) -> list[str]:
