@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from elman.errors import without_password
 from elman.tracking.outbox import Outbox
 
 PACKAGES = (
@@ -56,7 +58,7 @@ def environment() -> dict[str, object]:
 
 
 def code_state() -> tuple[str | None, str]:
-    """The git commit of the running code, and its uncommitted diff; (None, "") outside a checkout."""
+    """The git commit of the running code, and its uncommitted diff without secrets; (None, "") outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -70,7 +72,31 @@ def code_state() -> tuple[str | None, str]:
     commit = git("rev-parse", "HEAD")
     if commit is None or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None, ""  # installed inside somebody else's checkout
-    return commit.strip(), git("diff", "HEAD", "--", ":/") or ""
+    diff = git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", ":/") or ""
+    return commit.strip(), without_secrets(diff)
+
+
+HIDDEN = "***"
+_NAMED = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+_SHAPED = re.compile(
+    r"\b(hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abp]-|AKIA|dapi)[\w-]{16,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+)
+_ASSIGNED = re.compile(
+    r"""(?im)((?:passw(?:or)?d|secret|credential|api_?key|access_?key|token)["']?\s*[:=]\s*)"""
+    r"""(?:(["'])(?P<quoted>[^"'\n]{4,})\2|(?P<bare>(?=\S*\d)(?=\S*[a-z])[^\s"'()\[\]{}<>,;]{6,})\s*$)"""
+)
+_SHORTEST_SECRET = 8  # of an environment variable: a shorter one may stand anywhere by chance
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords in addresses, tokens of known shapes, values that are called secret, and what the
+    environment holds under such names."""
+    for name, value in os.environ.items():
+        if _NAMED.search(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    text = _SHAPED.sub(HIDDEN, without_password(text))
+    return _ASSIGNED.sub(lambda found: f"{found[1]}{found[2] or ''}{HIDDEN}{found[2] or ''}", text)
 
 
 class SystemMetrics:
