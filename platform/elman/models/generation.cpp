@@ -22,9 +22,6 @@
 #include <vector>
 #include <omp.h>
 #include <sched.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__AVX512VNNI__) && !defined(ELMAN_PORTABLE)
 #include <immintrin.h>
 #define ELMAN_VNNI 1
@@ -169,6 +166,7 @@ enum Kind { RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE, MINGRU, MINLSTM };
 
 constexpr float LIMIT = 127 * 256;  // of the magnitude of a 16-bit factor: so both its bytes are in range
 constexpr long ROWS = 32;           // streams at a time: their sums fit into L1 beside the weights that pass through
+constexpr long MOST_ROWS = 2;       // that are quicker one by one than as a tile of sixteen
 constexpr long WIDEST = 4;          // vectors of outputs at a time: all their sums fit into registers
 
 inline long padded(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
@@ -295,7 +293,7 @@ struct Tiles {
 void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Rows& a, long row, long rows,
              float* sums, long stride) {
 #ifdef ELMAN_AMX
-    if (tiles.used && rows > 2) {
+    if (tiles.used && rows > MOST_ROWS) {
         for (long i = 0; i < rows; i += 16)  // whose activations stay in L1
             for (long j = 0; j < n; j++)
                 tile_product(m, vector + j, a, row + i, std::min(rows - i, 16L), sums + i * stride + j * LANES, stride);
@@ -462,7 +460,8 @@ struct Worker {
     alignas(64) float sums[ROWS * WIDEST * LANES];
 
     explicit Worker(Shared& all)
-        : shared(all), g(all.g), team(omp_get_num_threads()), me(omp_get_thread_num()), tiles(g.batch > 2), sampler(g) {}
+        : shared(all), g(all.g), team(omp_get_num_threads()), me(omp_get_thread_num()), tiles(g.batch > MOST_ROWS),
+          sampler(g) {}
 
     void wait() {
         if (team > 1) shared.barrier.wait(team);
@@ -506,10 +505,12 @@ struct Worker {
                     }
                 if (!stage.table) product(tiles, stage.input, v * given, wide * given, *x, row, rows, sums, stride);
                 if (stage.recurrent.depth)
-                    product(tiles, stage.recurrent, v * given, wide * given, h, row, rows, sums + skipped * LANES, stride);
+                    product(tiles, stage.recurrent, v * given, wide * given, h, row, rows, sums + skipped * LANES,
+                            stride);
                 for (long i = 0; i < rows; i++)
                     for (long j = 0; j < wide; j++)
-                        activate(layer, act, s, row + i, (v + j) * LANES, sums + i * stride + j * columns * LANES, after);
+                        activate(layer, act, s, row + i, (v + j) * LANES, sums + i * stride + j * columns * LANES,
+                                 after);
             }
         }
     }
@@ -555,6 +556,7 @@ struct Worker {
                 }
                 h = h + load<Floats>(act.update + at) * (tangent(sum(0)) - h);
         }
+        for (long lane = layer.units - unit; lane < LANES; lane++) h[lane] = 0;  // padding's sums need not make it 0
         store(layer.h + at, h);
         if (layer.bound != 0) after.put(row, unit, h, LIMIT / layer.bound);
     }
@@ -650,10 +652,6 @@ void elman_pack(const float* weight, int64_t units, int64_t inputs, const int64_
                 int64_t threads) {
     const Matrix& m = *matrix;
     const long vectors = padded(units, LANES) / LANES * m.gates, bytes = m.depth * 2 * LANES;
-#if defined(__linux__)
-    const uintptr_t page = 1 << 21, begin = padded((uintptr_t)m.planes, page), end = (uintptr_t)m.planes + vectors * bytes;
-    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
 #pragma omp parallel for num_threads(threads)
     for (long v = 0; v < vectors; v++) {
         int8_t* const planes = m.planes + v * bytes;
