@@ -5,8 +5,9 @@
 Every step has the same number of tokens, so that a window eight times as long has an eighth of the rows. The
 first part times whole training steps, in turns; "of gru" is how many times as fast as the GRU at that length.
 The second trains each contestant on the same tokens (or, with --minutes, for the same time) at each length, and
-scores the validation split with the state carried over it. A layer of GRU of equal width is 3 of minGRU, or 2 of
-minLSTM, in parameters: those have residual connections and normalised layers, as deep stacks want them.
+scores the validation split with the state carried over it. A layer of GRU is 3 of minGRU or 2 of minLSTM of equal
+width in parameters. All have residual connections and normalised layers, which the deep ones need, and which make
+the others better too.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from elman.tasks.language_modeling import LanguageModeling
 from elman.training.experiment import run_experiment
 
 VOCABULARY_SIZE = 70
-DEEP = {"residual": True, "layer_norm": True}
+COMMON = {"residual": True, "layer_norm": True}
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "gru": {"cell": "gru"},
     "lstm": {"cell": "lstm"},
     "mingru": {"cell": "mingru"},
     "minlstm": {"cell": "minlstm"},
-    "mingru-3": {"cell": "mingru", "num_layers": 3, **DEEP},
-    "minlstm-2": {"cell": "minlstm", "num_layers": 2, **DEEP},
+    "mingru-3": {"cell": "mingru", "num_layers": 3},
+    "minlstm-2": {"cell": "minlstm", "num_layers": 2},
 }
 
 
@@ -51,7 +52,7 @@ def training_step(name: str, size: int, length: int, tokens: int) -> Callable[[]
 
 
 def model_of(name: str, size: int) -> LanguageModel:
-    config = ModelConfig(embedding_size=size, hidden_size=size, **CONTESTANTS[name])
+    config = ModelConfig(embedding_size=size, hidden_size=size, **COMMON, **CONTESTANTS[name])
     ids = {"vocabulary_size": VOCABULARY_SIZE, "num_inputs": VOCABULARY_SIZE + 1, "start_id": VOCABULARY_SIZE}
     return LanguageModel(config, **ids, context_length=1)
 
@@ -80,7 +81,7 @@ def config_of(options: Any, name: str, length: int) -> ExperimentConfig:
             "model.embedding_size": options.train_size, "model.hidden_size": options.train_size,
             "data.sequence_length": length, "data.batch_size": options.train_step // length,
             "optimizer.lr": options.lr, "optimizer.warmup_steps": 20}  # fmt: skip
-    flat |= {f"model.{key}": value for key, value in CONTESTANTS[name].items()}
+    flat |= {f"model.{key}": value for key, value in (COMMON | CONTESTANTS[name]).items()}
     if options.minutes is not None:
         flat["trainer.max_minutes"] = options.minutes
     else:

@@ -155,7 +155,14 @@ def test_forget_bias_is_what_the_two_biases_of_the_forget_gate_sum_to() -> None:
     assert bias[H : 2 * H].tolist() == [1.5] * H
     assert bias[:H].abs().sum() + bias[2 * H :].abs().sum() == 0
     minimal = RecurrentLayer(ModelConfig(cell="minlstm", forget_bias=1.5), I, H)
-    assert minimal.weights.bias_ih_l0.tolist() == [1.5] * H + [0.0] * 2 * H
+    assert minimal.weights.bias_ih_l0[: 2 * H].tolist() == [1.5] * H + [0.0] * H
+
+
+@pytest.mark.parametrize("kind", MINIMAL_CELLS)
+def test_units_of_a_minimal_cell_differ_where_the_input_is_nothing(kind: str) -> None:
+    layer = RecurrentLayer(ModelConfig(cell=kind), I, 64)
+    out_BTH, _ = layer(torch.zeros(1, 1, I), (torch.zeros(1, 64),))
+    assert out_BTH.std() > 0.05  # else a layer norm would divide by it
 
 
 @pytest.mark.parametrize("kind", WITH_RECURRENT_WEIGHTS)

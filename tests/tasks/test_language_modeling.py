@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elman.config.schema import RECURRENT_CELLS, ModelConfig, OptimizerConfig
+from elman.config.schema import MINIMAL_CELLS, RECURRENT_CELLS, ModelConfig, OptimizerConfig
 from elman.data.windows import Window, WindowLoader
 from elman.errors import DivergenceError
 from elman.models.language_model import LanguageModel, build_model
@@ -169,7 +169,8 @@ def test_gradients_in_bf16_are_those_of_single_precision_across_document_borders
     expected = gradients()
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients()
-    assert (found - expected).norm() < 0.03 * expected.norm()
+    limit = 0.05 if cell in MINIMAL_CELLS else 0.03  # the slope of their g jumps where rounding decides
+    assert (found - expected).norm() < limit * expected.norm()
 
 
 def test_activation_regularisation_adds_what_its_formulas_say() -> None:

@@ -10,6 +10,8 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from elman.config.schema import MINIMAL_CELLS
+
 
 @torch.no_grad()
 def initialize_embedding(weight_VE: Tensor, *, std: float, start_id: int, vocabulary_size: int) -> None:
@@ -49,7 +51,9 @@ def initialize_recurrent(layer: nn.Module, *, kind: str, forget_bias: float) -> 
       (Le et al. 2015, arXiv:1504.00941).
     - input to hidden: each gate's block uniform after Glorot & Bengio (2010).
     - biases: zero, but for the forget gate of LSTM and minLSTM, whose two sum to ``forget_bias``:
-      open at first (Gers et al. 2000; Jozefowicz et al. 2015, section 2.2).
+      open at first (Gers et al. 2000; Jozefowicz et al. 2015, section 2.2). The candidates of
+      the minimal cells are drawn from ± 0.5: with nothing in, as at the start of a text, all
+      units would be g(0), and a layer norm after them would blow up what they differ by.
     """
     weights: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     weight_hh_GH = weights["weight_hh_l0"]
@@ -65,8 +69,10 @@ def initialize_recurrent(layer: nn.Module, *, kind: str, forget_bias: float) -> 
     nn.init.zeros_(weights["bias_hh_l0"])
     if kind == "lstm":
         weights["bias_ih_l0"][hidden_size : 2 * hidden_size] = forget_bias
-    elif kind == "minlstm":
-        weights["bias_ih_l0"][:hidden_size] = forget_bias
+    elif kind in MINIMAL_CELLS:
+        nn.init.uniform_(weights["bias_ih_l0"][-hidden_size:], -0.5, 0.5)
+        if kind == "minlstm":
+            weights["bias_ih_l0"][:hidden_size] = forget_bias
 
 
 @torch.no_grad()
