@@ -10,13 +10,17 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_FLAGS = re.compile(r"\b(fma|f16c|avx2|avx_vnni|avx512\w+|amx\w+|asimd\w*|sve\w*|i8mm|bf16)\b")
 
 Turns = dict[str, list[float]]
 """Seconds of every turn, by name."""
@@ -75,13 +79,9 @@ def matrix_rate(dtype: torch.dtype, *, size: int = 2048, turns: int = 5) -> floa
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions that the figures hold for."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    """Hardware and versions that the figures hold for, in short."""
     return {
-        "processor": model,
+        "processor": _of_processor("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -100,8 +100,29 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def provenance() -> dict[str, Any]:
+    """``environment``, and all else that tells why figures differ: the processor's flags, packages, the code."""
+    from elman.tracking.environment import code_state
+    from elman.tracking.environment import environment as recorded
+
+    commit, diff = code_state()
+    flags = _FLAGS.findall(_of_processor("flags") or _of_processor("Features"))
+    code = {"commit": commit, "uncommitted_changes": bool(diff)}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    rest = {name: value for name, value in recorded().items() if name != "cpu"}
+    return environment() | {"flags": sorted(set(flags)), "date": date} | code | rest
+
+
+def _of_processor(field: str) -> str:
+    """What /proc/cpuinfo says of the first core; empty where it says nothing."""
+    if not (info := Path("/proc/cpuinfo")).exists():
+        return ""
+    lines = info.read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
 def write_json(path: Path | None, results: list[dict[str, Any]]) -> None:
     """Write the figures, where a file was asked for."""
     if path is not None:
-        report = {"environment": environment(), "results": results}
+        report = {"environment": provenance(), "results": results}
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
