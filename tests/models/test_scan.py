@@ -133,6 +133,10 @@ class Case:
     def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: bool) -> None:
         self.kind = kind
         self.layer = layer_of(kind, hidden_size).float()
+        with torch.no_grad():  # the slope of g jumps at 0, where rounding decides: candidates stay on either side
+            for parameter in self.layer.weights.parameters():
+                parameter *= 0.5
+            self.layer.weights.bias_ih_l0[-hidden_size:] += 5 * torch.randn(hidden_size).sign()
         self.given = torch.randn(V, I).requires_grad_() if rows else torch.randn(batch_size, length, I).requires_grad_()
         self.index = torch.randint(V, (batch_size, length)) if rows else None
         self.h_BH = torch.randn(batch_size, hidden_size).requires_grad_()
@@ -174,7 +178,7 @@ def test_kernel_equals_the_scan_in_torch(kind: str, rows: bool, shape: tuple[int
     for found, wanted in zip(case.results(), expected, strict=True):
         assert norm_distance(found, wanted) < 5e-6
     for found, wanted in zip(case.results(bf16=True), expected, strict=True):
-        assert norm_distance(found, wanted) < 0.04  # the slope of g jumps at 0, where rounding decides
+        assert norm_distance(found, wanted) < 0.02
 
 
 @pytest.mark.usefixtures("library")
