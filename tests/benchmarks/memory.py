@@ -93,12 +93,11 @@ def main() -> int:
                 peaks = {what: peak(path, level, what, folder) for what in ("prepare", "train")}
                 shutil.rmtree(folder / "cache")
                 least = least or peaks
-                growth = {what: peaks[what] - least[what] for what in peaks}
+                growth = {} if kind == "small" else {what: peaks[what] - least[what] for what in peaks}
                 results.append({"level": level, "corpus": kind, "megabytes": path.stat().st_size / 1e6, "peak": peaks,
                                 "growth": growth})  # fmt: skip
                 print(f"{level:9} {kind:>8} {peaks['prepare']:7.0f} MB {peaks['train']:7.0f} MB   "
-                      + ("" if kind == "small" else " ".join(f"{what} {more:+.0f}" for what, more in growth.items())),
-                      flush=True)  # fmt: skip
+                      + " ".join(f"{what} {more:+.0f}" for what, more in growth.items()), flush=True)  # fmt: skip
     write_json(options.json, results)
     return 0
 

@@ -82,14 +82,15 @@ def main() -> None:
                 steps["tokenizers"] = with_tokenizers(path, level)
             seconds = take_turns(steps, turns=options.turns, warm_up=0)
             speed = {name: rate(turns, megabytes) for name, turns in seconds.items()}
-            result = {"level": level, "megabytes": megabytes, "megabytes_per_second": speed, "seconds": seconds}
+            rates = {name: [megabytes / turn for turn in turns] for name, turns in seconds.items()}
+            result = {"level": level, "megabytes": megabytes, "megabytes_per_second": rates}
             line = f"{level:9} {speed['elman']:7.1f} MB/s"
             if "tokenizers" in seconds:
                 result["speedup"] = gain = speedup(seconds["elman"], seconds["tokenizers"])
                 spread = f"({gain['low']:.2f}–{gain['high']:.2f})"
                 line += f" {speed['tokenizers']:7.1f} MB/s   {gain['median']:.2f} {spread}"
             else:
-                line += f"   ({megabytes / max(seconds['elman']):.1f}–{megabytes / min(seconds['elman']):.1f})"
+                line += f"   ({min(rates['elman']):.1f}–{max(rates['elman']):.1f})"
             results.append(result)
             print(line, flush=True)
     write_json(options.json, results)
