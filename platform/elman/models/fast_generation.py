@@ -252,7 +252,6 @@ class FastGenerator:
             ctypes.c_int64(inputs),
             (ctypes.c_int64 * len(gates))(*gates),
             ctypes.byref(matrix),
-            ctypes.c_int64(torch.get_num_threads()),
         )
         return matrix
 

@@ -648,11 +648,9 @@ struct Worker {
 extern "C" {
 
 // Round a weight (gates × units, inputs) to 16 bits. ``order`` tells which of torch's gates is which of the matrix.
-void elman_pack(const float* weight, int64_t units, int64_t inputs, const int64_t* order, const Matrix* matrix,
-                int64_t threads) {
+void elman_pack(const float* weight, int64_t units, int64_t inputs, const int64_t* order, const Matrix* matrix) {
     const Matrix& m = *matrix;
     const long vectors = padded(units, LANES) / LANES * m.gates, bytes = m.depth * 2 * LANES;
-#pragma omp parallel for num_threads(threads)
     for (long v = 0; v < vectors; v++) {
         int8_t* const planes = m.planes + v * bytes;
         std::memset(planes, 0, bytes);
@@ -661,15 +659,17 @@ void elman_pack(const float* weight, int64_t units, int64_t inputs, const int64_
             int32_t upper_sum = 0, lower_sum = 0;
             float bound = 0;
             const float* row = weight + (order[v % m.gates] * units + unit) * inputs;
-            for (long k = 0; unit < units && k < inputs; k++) bound = std::max(bound, std::fabs(row[k]));
+            const long count = unit < units ? inputs : 0;
+            for (long k = 0; k < count; k++) bound = std::max(bound, std::fabs(row[k]));
             const float inverse = bound > 0 ? LIMIT / bound : 0;
-            for (long k = 0; unit < units && k < inputs; k++) {
-                const int32_t whole = (int32_t)std::lrintf(row[k] * inverse), upper = (whole + 128) >> 8;
+            for (long k = 0; k < count; k++) {
+                const int32_t whole = (int32_t)std::nearbyint(row[k] * inverse), upper = (whole + 128) >> 8;
+                const int32_t lower = whole - upper * 256;
                 int8_t* const to = planes + k / 4 * 8 * LANES + lane * 4 + k % 4;
                 to[0] = upper;
-                to[4 * LANES] = whole - upper * 256;
+                to[4 * LANES] = lower;
                 upper_sum += upper;
-                lower_sum += whole - upper * 256;
+                lower_sum += lower;
             }
             m.scales[v * LANES + lane] = bound / LIMIT;
             int32_t* const offsets = m.offsets + v * 3 * LANES + lane;
