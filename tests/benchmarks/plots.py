@@ -27,8 +27,8 @@ UNITS = {
     "share": "share of the processor's bf16 rate", "help": "s to `elman --help`", "first_step": "s to the first step",
     "ratios": "ratio", "growth": "MB more than the small corpus", "peak": "MB at most", "added": "s added to a step",
     "change": "change of the loss in bf16", "fp32": "nats in fp32", "bf16": "nats in bf16",
-    "cost_of_a_step": "times a step's time", "seconds_to_the_end": "s to the end", "windowed": "nats in windows", "best": "nats",
-    "microseconds_per_token": "µs a token", "bits_per_byte": "bits a byte",
+    "cost_of_a_step": "times a step's time", "seconds_to_the_end": "s to the end", "best": "nats",
+    "windowed": "nats in windows", "microseconds_per_token": "µs a token", "bits_per_byte": "bits a byte",
 }  # fmt: skip
 RECIPE_GOALS = ((1.4697, 120), (1.45, 180))  # nats on tiny shakespeare, and the seconds to get there
 SETTINGS = {"layers", "length", "hidden_size"}  # numbers that tell results apart; words always do
