@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elman.config.schema import TrackingConfig
-from support import make_text
+from support import Refuse, files, make_text
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +49,29 @@ def workplace(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPa
     shutil.copy(empty_database, folder / "mlruns" / "mlflow.db")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Runs a command that has to be refused in one line, naming this and that, and leave nothing behind."""
+    if Path.cwd() != tmp_path / "work":  # the fixture ``workplace`` may have made it
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def run(*arguments: str, names: tuple[str, ...]) -> str:
+        from elman.cli import main
+
+        before = files(tmp_path)
+        code = main(list(arguments))
+        told = capsys.readouterr()
+        lines = [line for line in told.err.splitlines() if line != "loading libraries"]
+        assert code == 2, told.err
+        assert len(lines) == 1, told.err
+        assert told.out == ""
+        for name in names:
+            assert name in lines[0]
+        assert files(tmp_path) == before
+        return lines[0]
+
+    return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,15 @@ from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
 
 SYLLABLES = ("ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "ve")
+
+
+Refuse = Callable[..., str]
+"""Runs a command that has to be refused: its words, and ``names``, what its one line must hold."""
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every file below a folder, with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def make_text(words: int, seed: int = 0) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -24,7 +24,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elman.cli import main
 from elman.config.load import load_config, read_settings, read_yaml
 from elman.config.plan import load_plan
 from elman.config.schema import ExperimentConfig, GenerationConfig
@@ -35,39 +34,9 @@ from elman.config.tree import settings as settings_of
 from elman.errors import ConfigError, ElmanError
 from elman.text.readers import read_file
 from elman.training.loading import from_checkpoint
-from support import make_text
+from support import Refuse, files, make_text
 
-Refuse = Callable[..., str]
 SIZES = ("--data.batch_size", "4", "--data.sequence_length", "8", "--trainer.max_steps", "2")
-
-
-def files(folder: Path) -> dict[Path, int]:
-    """Every file below a folder, with the time of its last change."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Runs a command that has to be refused in one line, naming this and that, and leave nothing behind."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def run(*arguments: str, names: tuple[str, ...]) -> str:
-        before = files(tmp_path)
-        code = main(list(arguments))
-        told = capsys.readouterr()
-        lines = [line for line in told.err.splitlines() if line != "loading libraries"]
-        assert code == 2, told.err
-        assert len(lines) == 1, told.err
-        assert told.out == ""
-        for name in names:
-            assert name in lines[0]
-        assert files(tmp_path) == before
-        return lines[0]
-
-    return run
 
 
 def gzip_cut_short() -> bytes:

@@ -107,7 +107,7 @@ def _in_directory(directory: Path) -> tuple[list[Path], list[str]]:
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         files += [Path(folder, entry) for entry in names if not entry.startswith(".")]
-    files = sorted(path for path in files if path.is_file() or path.is_symlink())  # a pipe would be waited for
+    files = sorted(path for path in files if path.is_file() or not path.exists())  # a pipe would be waited for
     data = [path for path in files if _data_suffix(path)]
     warnings = []
     if data:
