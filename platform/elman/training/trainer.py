@@ -15,6 +15,7 @@ from elman.config.schema import TrainerConfig
 from elman.tasks.hardware import Precision
 from elman.tracking.logger import RunLogger
 from elman.training.checkpoint import DurableIO
+from elman.training.loop import StepLoop
 
 
 def seed_everything(seed: int) -> None:
@@ -38,7 +39,7 @@ def build_trainer(
     # Lightning asks torch a question that torch has renamed; neither is ours to mend.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     every = None if config.validate_every_steps is None else config.validate_every_steps * config.accumulate_windows
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
@@ -58,3 +59,5 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.fit_loop.epoch_loop = StepLoop(trainer)
+    return trainer
