@@ -211,11 +211,16 @@ void run(const Window& w, bool is_forward) {
     else (w.tokens ? backward<Cell, Value, true> : backward<Cell, Value, false>)(w);
 }
 
+template <class Cell>
+void run(const Window& w, bool is_forward) {
+    (w.is_bf16 ? run<Cell, Bf16> : run<Cell, float>)(w, is_forward);
+}
+
 }  // namespace
 
 extern "C" {
 
-void elman_mingru(const Window* w, int is_forward) { (w->is_bf16 ? run<MinGru, Bf16> : run<MinGru, float>)(*w, is_forward); }
-void elman_minlstm(const Window* w, int is_forward) { (w->is_bf16 ? run<MinLstm, Bf16> : run<MinLstm, float>)(*w, is_forward); }
+void elman_mingru(const Window* w, int is_forward) { run<MinGru>(*w, is_forward); }
+void elman_minlstm(const Window* w, int is_forward) { run<MinLstm>(*w, is_forward); }
 
 }
