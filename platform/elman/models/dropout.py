@@ -8,8 +8,9 @@ Shape suffixes: B batch, T time steps, E embedding, H hidden, V rows of the embe
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from elman.models.fused_dropout import dropout
 
 
 class Dropout(nn.Module):
@@ -31,7 +32,7 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return x_BTH
         if not self.variational:
-            return F.dropout(x_BTH, self.p)
+            return dropout(x_BTH, self.p)
         return x_BTH * _scaled_mask((x_BTH.shape[0], 1, x_BTH.shape[2]), self.p, like=x_BTH)
 
     def extra_repr(self) -> str:
@@ -76,7 +77,7 @@ def drop_weight(weight: Tensor, p: float) -> Tensor:
     Source: Wan et al. (2013), Regularization of Neural Networks using DropConnect; on
     recurrent matrices: Merity et al. (2018), arXiv:1708.02182, section 2.
     """
-    return F.dropout(weight, p)
+    return dropout(weight, p)
 
 
 def _scaled_mask(shape: tuple[int, ...] | torch.Size, p: float, *, like: Tensor) -> Tensor:
