@@ -41,7 +41,7 @@ doctor: $(STAMP) ## is all well here, and does the model compute what it should?
 
 train: train-default ## train the default experiment (ARGS="--model.hidden_size 512" changes settings)
 
-train-%: ## train pipelines/experiments/NAME.yaml; a run of it that was stopped or killed is gone on with
+train-%: ## train pipelines/experiments/NAME.yaml; goes on with one that was stopped or killed (ARGS="--resume none": does not)
 
 $(EXPERIMENTS:%=train-%): train-%: $(STAMP)
 	@$(BIN)/elman train --config pipelines/experiments/$*.yaml --resume auto $(ARGS)

@@ -67,12 +67,12 @@ def train(arguments: Sequence[str]) -> int:
     flags.add_option(
         "resume", str,
         "Run to go on with; beside it, limits and intervals may be changed, nothing else. auto goes on with the newest "
-        "run of the same settings and text where it was stopped or killed, and else starts one.",
+        "run of the same settings and text where it was stopped or killed, and else starts one; none always does.",
     )  # fmt: skip
     flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
     changes = {name: value for name, value in given.items() if name not in ("config", "json", "resume")}
-    resume = values["resume"]
+    resume = None if values["resume"] == "none" else values["resume"]
     config = None if resume not in (None, "auto") else load_config(ExperimentConfig, values["config"], changes)
 
     from elman.training.progress import terminal_reporter

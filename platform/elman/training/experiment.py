@@ -163,7 +163,10 @@ def run_experiment(
         resume.check(corpus, model)
     store = store or RunStore(config.tracking, may_be_away=True)
     if go_on and (unfinished := find_unfinished(config, corpus.digest, store)) is not None:
-        reporter.note(f"run {unfinished.id} has these settings and did not finish: it is gone on with")
+        reporter.note(
+            f"run {unfinished.id} has these settings and did not finish: it is gone on with (--resume none begins a "
+            "new one)"
+        )
         flat = flatten(config)
         return resume_experiment(unfinished.id, {name: flat[name] for name in SHAPELESS}, store, reporter)[0]
     _announce(reporter, config, corpus, model, device, precision)
