@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,6 +28,7 @@ Advance = Callable[[int], None]
 """Told how many more characters have been worked through."""
 
 _BPE_PIECE = 1 << 12  # characters: the library is faster with short texts, and shares them among the cores
+_FEW = 8  # texts in a batch that are worked on one by one; more of them are short, and cost more than what they hold
 _HASHED = 1 << 20  # characters at a document's start that tell it from others, with its length
 
 
@@ -84,11 +86,12 @@ def encode_stream(stream: Stream, tokenizer: Tokenizer, spelling: SpellingModel 
     hasher = _DocumentHasher(encoded.hashes)
     for batch in recut(stream.batches(), tokenizer.level):
         texts = [text for text, _ in batch]
-        for (text, starts), ids in zip(batch, counter.encode(texts, encoded), strict=True):
+        arrays, lengths = counter.encode(texts, encoded)
+        sink.writelines(np.ascontiguousarray(ids).data for ids in arrays)
+        for (text, starts), length in zip(batch, lengths, strict=True):
             if starts and (not encoded.document_starts or encoded.document_starts[-1] != encoded.tokens):
                 encoded.document_starts.append(encoded.tokens)
-            encoded.tokens += len(ids)
-            sink.write(np.ascontiguousarray(ids).data)
+            encoded.tokens += length
             if hash_documents:
                 hasher.feed(text, starts)
         advance(sum(map(len, texts)))
@@ -177,11 +180,12 @@ def _count_characters(texts: Iterable[str]) -> dict[str, int]:
     counts: NDArray[np.int64] = np.zeros(0x110000, dtype=np.int64)
     for text in texts:
         codes = code_points(text)
-        if codes.itemsize == 1:
-            counts[:256] += _count_bytes(codes)
-        else:
-            found = np.bincount(codes)
-            counts[: len(found)] += found
+        wide = codes[np.flatnonzero(codes > 0xFF)]
+        if len(wide) < len(codes) / 8:  # a few quotation marks in a text of Latin letters
+            counts[:256] += _count_bytes(codes.astype(np.uint8)) - np.bincount(wide & 0xFF, minlength=256)
+            codes = wide
+        found = np.bincount(codes)
+        counts[: len(found)] += found
     return {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
 
 
@@ -192,6 +196,10 @@ def _count_bytes(codes: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int64]:
     counts: NDArray[np.int64] = pairs.sum(axis=0) + pairs.sum(axis=1)
     counts[codes[:odd]] += 1
     return counts
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 class _SymbolCounter:
@@ -209,19 +217,24 @@ class _SymbolCounter:
             )
             self._characters[tokenizer.unknown_id] = self._bytes[tokenizer.unknown_id] = 0
 
-    def encode(self, texts: list[str], encoded: EncodedText) -> list[NDArray[np.unsignedinteger[Any]]]:
-        """Ids of each text; the counts go to ``encoded``."""
+    def encode(self, texts: list[str], encoded: EncodedText,
+               ) -> tuple[list[NDArray[np.unsignedinteger[Any]]], list[int]]:  # fmt: skip
+        """Ids of the texts in a row, in one array or several, and how many each text has; counts go to ``encoded``."""
         if self.tokenizer.level == "word":
-            return [self._encode_words(split_words(text), encoded) for text in texts]
-        encoded.characters += sum(map(len, texts))
+            words = [split_words(text) for text in texts]
+            return [self._encode_words([*chain.from_iterable(words)], encoded)], [*map(len, words)]
+        characters = [*map(len, texts)]
+        encoded.characters += sum(characters)
+        parts = texts if len(texts) <= _FEW else ["".join(texts)]
         if self.tokenizer.level == "character":
-            return [self._encode_characters(text, encoded) for text in texts]
-        arrays = self._encode_batch(texts)
+            return [self._encode_characters(part, encoded) for part in parts], characters
         if self.tokenizer.level == "byte":
+            arrays = self._encode_batch(parts)
             encoded.bytes += sum(map(len, arrays))
-        else:
-            encoded.bytes += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
-        return arrays
+            return arrays, [*map(len, arrays)] if parts is texts else [*map(_bytes_of, texts)]
+        encoded.bytes += sum(map(_bytes_of, texts))
+        arrays = self._encode_batch(texts)
+        return arrays, [*map(len, arrays)]
 
     def _encode_characters(self, text: str, encoded: EncodedText) -> NDArray[np.unsignedinteger[Any]]:
         codes = code_points(text)
