@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,20 @@ def test_a_signal_ends_the_command_with_its_code_and_a_checkpoint(
     [found] = json.loads(run("runs", "--json", capsys=capsys)[1])["runs"]
     assert found["status"] == "KILLED"
     assert run("generate", found["id"], "--length", "5", capsys=capsys)[0] == 0
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_no_failure(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "elman.training.experiment", Interrupted("elman.training.experiment"))
+    code, _, err = run("train", capsys=capsys)
+    assert code == 130
+    assert err.splitlines()[-1] == "elman: stopped."
+    assert "Traceback" not in err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(workplace: Path) -> None:

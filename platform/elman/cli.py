@@ -21,7 +21,15 @@ from elman.config.load import Flags, load_config
 from elman.config.schema import CorpusConfig, ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.config.search import SearchConfig
 from elman.config.tournament import TournamentSettings
-from elman.errors import ConfigError, DivergenceError, ElmanError, SearchFailedError, TrackingError, one_line
+from elman.errors import (
+    ConfigError,
+    DivergenceError,
+    ElmanError,
+    SearchFailedError,
+    TrackingError,
+    UnusableCheckpointsError,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from elman.analysis.finding import Finding
@@ -72,7 +80,7 @@ def train(arguments: Sequence[str]) -> int:
     flags.add_settings(ExperimentConfig)
     values, given = flags.parse(arguments)
     changes = {name: value for name, value in given.items() if name not in ("config", "json", "resume")}
-    resume = None if values["resume"] == "none" else values["resume"]
+    resume: str | None = None if values["resume"] == "none" else values["resume"]
     config = None if resume not in (None, "auto") else load_config(ExperimentConfig, values["config"], changes)
 
     from elman.training.progress import terminal_reporter
@@ -80,16 +88,13 @@ def train(arguments: Sequence[str]) -> int:
     reporter = terminal_reporter()
     reporter.stage("loading libraries")
     try:
-        from elman.training.checkpoint import UnusableCheckpointsError
         from elman.training.experiment import resume_experiment, run_experiment
 
         if config is not None:
             result = run_experiment(config, reporter=reporter, go_on=resume == "auto")
         else:
+            assert resume is not None
             result, config = resume_experiment(resume, changes, reporter=reporter, file=values["config"])
-    except UnusableCheckpointsError as error:
-        print(f"elman: {error}", file=sys.stderr)
-        return 1
     finally:
         reporter.close()
     if values["json"]:
@@ -775,7 +780,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ElmanError as error:
         print(f"elman: {one_line(str(error))}", file=sys.stderr)
         return 2
-    except (DivergenceError, SearchFailedError) as error:
+    except (DivergenceError, SearchFailedError, UnusableCheckpointsError) as error:
         print(f"elman: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

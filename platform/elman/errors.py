@@ -54,6 +54,13 @@ class DivergenceError(Exception):
     """
 
 
+class UnusableCheckpointsError(Exception):
+    """Every checkpoint that a run could go on from is damaged.
+
+    Nobody's slip, and starting from zero without a word would be worse: the exit code is 1.
+    """
+
+
 class SearchFailedError(Exception):
     """A search that came to no answer.
 

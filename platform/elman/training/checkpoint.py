@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from elman.errors import UnusableCheckpointsError
 from elman.models.state import to_device
 from elman.training.loading import read_checkpoint
 
@@ -33,13 +34,6 @@ KEPT = 3
 
 STATE, BEST, LAST, SUMS = "state.ckpt", "best.ckpt", "last.ckpt", "SHA256SUMS"
 PARTIAL = ".partial"
-
-
-class UnusableCheckpointsError(Exception):
-    """Every checkpoint that a run could go on from is damaged.
-
-    Nobody's slip, and starting from zero without a word would be worse: the exit code is 1.
-    """
 
 
 class UnwrittenError(Exception):
