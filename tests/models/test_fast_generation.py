@@ -164,7 +164,7 @@ def test_logits_and_state_are_nearly_those_of_double_precision(
     assert logits_TBV[-1].std() > 0.5
     torch.testing.assert_close(generator.logits.double(), logits_TBV[-1], atol=2e-3, rtol=0)
     for ours, theirs in zip([tensor for part in generator.state for tensor in part], state, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=5e-4, rtol=5e-4)
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", STAGES)

@@ -2,13 +2,14 @@
 //
 // A token of one stream multiplies every weight once, so that its time is that of reading the
 // weights. They are held in 16 bits, as whole multiples of a 32,512th of their row's largest, and so
-// are the activations; sums of their products are exact integers, and everything between products
+// are the activations; sums of their products are sums of integers, and everything between products
 // is in float32. So a text depends neither on the number of threads nor on how many others are
-// generated beside it, and logits are within about 1e-4 of those of float32.
+// generated beside it.
 //
-// Both factors are split into two bytes, whose four products each have sums of their own:
-// the processor's dot products of bytes (VNNI) take one stream, its matrix tiles (AMX) many.
-// Elsewhere the same source computes the same with vectors of any width.
+// Both factors are split into two bytes: of the four products that of both lower ones, which is
+// as small as what rounding to 16 bits costs, is left out. The processor's dot products of bytes
+// (VNNI) take one stream, its matrix tiles (AMX) many. Elsewhere the same source computes the
+// same with vectors of any width.
 //
 // Threads share the units of a layer, with all their gates, and meet after each.
 // P is a size padded to a multiple of 16, K one padded to a multiple of 64, with zeros.
@@ -124,7 +125,7 @@ inline Ints dot(Ints sum, Ints a, Ints b) {
 struct Matrix {
     int8_t* planes;    // (vectors, K / 4, 2, 16, 4): the upper byte, then the lower, signed both
     float* scales;     // (vectors, 16): what one is worth
-    int32_t* offsets;  // (vectors, 3, 16): what corrects the sums for activations' being unsigned
+    int32_t* offsets;  // (vectors, 2, 16): what corrects the sums for activations' being unsigned
     int64_t depth;     // K
     int64_t gates;
 };
@@ -165,7 +166,7 @@ namespace {
 enum Kind { RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE, MINGRU, MINLSTM };
 
 constexpr float LIMIT = 127 * 256;  // of the magnitude of a 16-bit factor: so both its bytes are in range
-constexpr long ROWS = 32;           // streams at a time: their sums fit into L1 beside the weights that pass through
+constexpr long ROWS = 32;           // streams at a time: two tiles, and their sums fit into L1
 constexpr long MOST_ROWS = 2;       // that are quicker one by one than as a tile of sixteen
 constexpr long WIDEST = 4;          // vectors of outputs at a time: all their sums fit into registers
 
@@ -200,19 +201,17 @@ struct Rows {
 
 // Products ---------------------------------------------------------------------------------
 
-// The four sums of bytes' products, upper and lower of both factors, made one and added to ``to``.
-inline void finish(const Matrix& m, long vector, float scale, Ints uu, Ints ul, Ints lu, Ints ll, float* to) {
-    const int32_t* offsets = m.offsets + vector * 3 * LANES;
-    const Floats high = floats(uu + load<Ints>(offsets));
-    const Floats middle = floats(ul + lu + load<Ints>(offsets + LANES));
-    const Floats low = floats(ll + load<Ints>(offsets + 2 * LANES));
-    const Floats whole = high * 65536.0f + (middle * 256.0f + low);
-    store(to, load<Floats>(to) + whole * (load<Floats>(m.scales + vector * LANES) * scale));
+// The sums of bytes' products, of both upper ones and of an upper and a lower, made one and added to ``to``.
+inline void finish(const Matrix& m, long vector, float scale, Ints upper, Ints mixed, float* to) {
+    const int32_t* offsets = m.offsets + vector * 2 * LANES;
+    const Floats high = floats(upper + load<Ints>(offsets)), low = floats(mixed + load<Ints>(offsets + LANES));
+    const Floats whole = high * 256.0f + low;
+    store(to, load<Floats>(to) + whole * (load<Floats>(m.scales + vector * LANES) * (256.0f * scale)));
 }
 
 template <int N>
 void row_product(const Matrix& m, long vector, const Rows& a, long row, float* sums) {
-    Ints uu[N]{}, ul[N]{}, lu[N]{}, ll[N]{};
+    Ints uu[N]{}, ul[N]{}, lu[N]{};
     const long bytes = m.depth * 2 * LANES;
     const int8_t* w = m.planes + vector * bytes;
     const uint8_t *upper = a.upper + row * a.depth, *lower = a.lower + row * a.depth;
@@ -224,10 +223,9 @@ void row_product(const Matrix& m, long vector, const Rows& a, long row, float* s
             uu[n] = dot(uu[n], u, above);
             ul[n] = dot(ul[n], u, below);
             lu[n] = dot(lu[n], l, above);
-            ll[n] = dot(ll[n], l, below);
         }
     }
-    for (int n = 0; n < N; n++) finish(m, vector + n, a.scales[row], uu[n], ul[n], lu[n], ll[n], sums + n * LANES);
+    for (int n = 0; n < N; n++) finish(m, vector + n, a.scales[row], uu[n], ul[n] + lu[n], sums + n * LANES);
 }
 
 #ifdef ELMAN_AMX
@@ -253,34 +251,47 @@ struct Tiles {
     }
 };
 
-// Sixteen rows at once; ``rows`` of them count.
+// 16 rows at once, or 32; ``rows`` of them count.
+template <bool TWO>
 void tile_product(const Matrix& m, long vector, const Rows& a, long row, long rows, float* sums, long stride) {
     alignas(64) int32_t products[4][16][LANES];
     const int8_t* w = m.planes + vector * m.depth * 2 * LANES;
     const uint8_t *upper = a.upper + row * a.depth, *lower = a.lower + row * a.depth;
+    const long further = 16 * a.depth;
     asm volatile("" ::: "memory");  // the compiler does not know that tiles read and write memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (long k = 0; k < m.depth; k += 64, w += 64 * 2 * LANES) {
-        _tile_loadd(4, upper + k, a.depth);
         _tile_loadd(6, w, 8 * LANES);
+        _tile_loadd(4, upper + k, a.depth);
         _tile_dpbusd(0, 4, 6);
         _tile_loadd(7, w + 4 * LANES, 8 * LANES);
         _tile_dpbusd(1, 4, 7);
-        _tile_loadd(5, lower + k, a.depth);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
+        if (TWO) {
+            _tile_loadd(5, upper + k + further, a.depth);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+        _tile_loadd(4, lower + k, a.depth);
+        _tile_dpbusd(1, 4, 6);
+        if (TWO) {
+            _tile_loadd(5, lower + k + further, a.depth);
+            _tile_dpbusd(3, 5, 6);
+        }
     }
     _tile_stored(0, products[0], 4 * LANES);
     _tile_stored(1, products[1], 4 * LANES);
-    _tile_stored(2, products[2], 4 * LANES);
-    _tile_stored(3, products[3], 4 * LANES);
+    if (TWO) {
+        _tile_stored(2, products[2], 4 * LANES);
+        _tile_stored(3, products[3], 4 * LANES);
+    }
     asm volatile("" ::: "memory");
-    for (long i = 0; i < rows; i++)
-        finish(m, vector, a.scales[row + i], load<Ints>(products[0][i]), load<Ints>(products[1][i]),
-               load<Ints>(products[2][i]), load<Ints>(products[3][i]), sums + i * stride);
+    for (long i = 0; i < rows; i++) {
+        const auto of = [&](long which) { return load<Ints>(products[i / 16 * 2 + which][i % 16]); };
+        finish(m, vector, a.scales[row + i], of(0), of(1), sums + i * stride);
+    }
 }
 #else
 struct Tiles {
@@ -294,9 +305,8 @@ void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Row
              float* sums, long stride) {
 #ifdef ELMAN_AMX
     if (tiles.used && rows > MOST_ROWS) {
-        for (long i = 0; i < rows; i += 16)  // whose activations stay in L1
-            for (long j = 0; j < n; j++)
-                tile_product(m, vector + j, a, row + i, std::min(rows - i, 16L), sums + i * stride + j * LANES, stride);
+        const auto tile = rows > 16 ? tile_product<true> : tile_product<false>;
+        for (long j = 0; j < n; j++) tile(m, vector + j, a, row, rows, sums + j * LANES, stride);
         return;
     }
 #endif
@@ -426,7 +436,7 @@ struct Shared {
     std::vector<Activations> layers;
     std::vector<std::unique_ptr<char, decltype(&std::free)>> memory;
 
-    explicit Shared(const Generation& generation) : g(generation), batch(padded(g.batch, 16)) {
+    explicit Shared(const Generation& generation) : g(generation), batch(padded(g.batch, ROWS)) {
         if (g.embedding) input = rows(g.embedding_size);
         for (long i = 0; i < g.num_layers; i++) {
             const long units = padded(g.layers[i].units, LANES);
@@ -672,10 +682,9 @@ void elman_pack(const float* weight, int64_t units, int64_t inputs, const int64_
                 lower_sum += lower;
             }
             m.scales[v * LANES + lane] = bound / LIMIT;
-            int32_t* const offsets = m.offsets + v * 3 * LANES + lane;
+            int32_t* const offsets = m.offsets + v * 2 * LANES + lane;
             offsets[0] = -128 * upper_sum;
             offsets[LANES] = -128 * (upper_sum + lower_sum);
-            offsets[2 * LANES] = -128 * lower_sum;
         }
     }
 }
