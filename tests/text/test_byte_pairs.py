@@ -54,3 +54,13 @@ def test_what_does_not_repeat_itself_is_left_to_the_library(tokenizer: Tokenizer
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="lone surrogate"):
         BytePairTable(tokenizer).encode_batch(["a \ud800 b"])
+
+
+def test_the_table_forgets_before_it_grows_large(tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(byte_pairs, "_MOST_PARTS", 100)
+    monkeypatch.setattr(byte_pairs, "_PAUSE", 0)
+    table = BytePairTable(tokenizer)
+    for batch in range(20):
+        table.encode_batch([" ".join(f"{batch}a{number}" for number in range(50))])
+        assert len(table._parts) <= 100 + 50
+        assert len(table._length) == len(table._begin) == len(table._parts)

@@ -1,8 +1,10 @@
 """Encoding in pieces gives the tokens of the whole text."""
 
 import io
+import tracemalloc
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from elman.text import encode
 from elman.text.encode import encode_stream, recut
+from elman.text.readers import in_batches
 from elman.text.spelling import SpellingModel
 from elman.text.streams import RangeStream, SharedStream, count_characters
 from elman.text.tokenizer import Tokenizer, split_words
@@ -186,3 +189,39 @@ def test_characters_are_counted_whatever_their_width(texts: list[str]) -> None:
         tokens, facts = encoded(in_blocks(text, 3), tokenizer)
         assert tokens == tokenizer.encode(text) == [{"a": 1, "Ж": 2}.get(character, 0) for character in text]
         assert (facts.bytes, facts.characters) == (len(text.encode()), len(text))
+
+
+class Nowhere(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        return len(data)
+
+
+@pytest.mark.parametrize("level", ["byte", "character", "word", "bpe"])
+@pytest.mark.parametrize("line_end", ["\n", " "])
+def test_memory_does_not_grow_with_the_text(level: str, line_end: str, bpe: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(encode, "BLOCK", 1 << 12)
+    monkeypatch.setattr(encode, "_HASHED", 1 << 12)
+    monkeypatch.setattr(encode, "in_batches", partial(in_batches, size=1 << 12))
+    verse = "the cat's mat\u2019s 11 a b, and the mat is é" + line_end
+    tokenizer = {
+        "byte": Tokenizer.for_bytes(),
+        "character": Tokenizer.from_characters(Counter(verse)),
+        "word": Tokenizer.from_words(Counter(split_words(verse))),
+        "bpe": bpe,
+    }[level]
+
+    def peak(verses: int) -> int:
+        pieces = ((verse, place == 0) for place in range(verses))
+        tracemalloc.start()
+        encode_stream(Texts(pieces), tokenizer, None, Nowhere(), lambda _: None, hash_documents=True)  # type: ignore[arg-type]
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(200)  # tables are made
+    assert peak(3000) < peak(500) + 20_000
