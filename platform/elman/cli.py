@@ -511,7 +511,8 @@ def _check_picture(output: str | None) -> None:
         return
     path = Path(output).absolute()
     above = next(folder for folder in path.parents if os.path.exists(folder))  # noqa: PTH110 - long paths make it raise
-    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir() or not os.access(above, os.W_OK):
+    may = path.suffix.lower() in (".png", ".pdf", ".svg") and len(path.name) < 250 and os.access(above, os.W_OK)
+    if not may or path.is_dir():
         raise ConfigError(f"--output must be a .png, .pdf or .svg where you may write, got {output!r}.")
 
 

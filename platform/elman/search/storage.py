@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from elman.errors import TrackingError
 from elman.tracking.absence import first_line, without_password
-from elman.tracking.local import local_root
+from elman.tracking.local import local_root, refuse_full_disk
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ def open_storage(url: str | None, note: Callable[[str], None] | None = None) -> 
             f"search.storage {without_password(url)} is no storage: give sqlite:///PATH, postgresql://…, mysql://…, "
             "journal:PATH or grpc://HOST:PORT."
         )
+    if url == default_storage():
+        refuse_full_disk()
     try:
         with _schema_lock(url):
             inner = _open(url, note or log.warning)

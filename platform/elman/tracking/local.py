@@ -6,6 +6,7 @@ with, while the store that has it is away.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,21 @@ LOCAL_ROOT = "mlruns"
 def local_root() -> Path:
     """The folder of the local store, absolute: MLflow stores locations as they are given."""
     return Path(LOCAL_ROOT).absolute()
+
+
+LEAST_ROOM = 1 << 20
+"""Bytes on the disk without which no run begins: it could not even be recorded that there is one."""
+
+
+def refuse_full_disk() -> None:
+    """Refuse to begin what could not be recorded.
+
+    Raises:
+        TrackingError: The disk of the local store is full.
+    """
+    root = local_root()
+    if root.is_dir() and shutil.disk_usage(root).free < LEAST_ROOM:
+        raise TrackingError(f"{root} cannot be written (the disk is full): make room, or run elsewhere.")
 
 
 def outbox_root() -> Path:

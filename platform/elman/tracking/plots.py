@@ -53,7 +53,7 @@ def loss_curves(runs: Mapping[str, tuple[Curve, Curve]], *, unit: str = "bits pe
     axes.set_ylabel(unit)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 0:
+    if axes.get_legend_handles_labels()[0]:  # runs without a curve have no entry
         axes.legend(frameon=False)
     return figure
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ from elman.tracking.absence import (
     is_absence,
     without_password,
 )
-from elman.tracking.local import RunSummary, local_root, local_uri, outbox_root
+from elman.tracking.local import RunSummary, local_root, local_uri, outbox_root, refuse_full_disk
 from elman.tracking.outbox import Outbox
 from elman.tracking.run import Run as Run
 from elman.tracking.sender import MARK, STALL_SECONDS, Sender
@@ -139,6 +140,8 @@ class RunStore:
         self.is_local = self.uri == local_uri()
         self.is_file = self.uri.startswith("sqlite:")
         self.patience, self.may_be_away = patience, may_be_away and not self.is_file
+        if may_be_away:  # a run is to begin
+            refuse_full_disk()
         self.away = away
         """Why it was away when a run should have begun."""
         self._left = START_SECONDS
@@ -172,13 +175,15 @@ class RunStore:
         # MLflow announces every database migration, and urllib3 every attempt to reach a server: what
         # comes of them is said once, by us.
         for name in ("alembic", "mlflow.store.db.utils", "urllib3"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             if self.uri.startswith("http"):
                 client = self._client()
             else:
                 root = local_root()
                 root.mkdir(parents=True, exist_ok=True)
+                if not (root / "mlflow.db").exists():
+                    refuse_full_disk()
                 # Two processes that create the tables at once crash each other.
                 with (root / ".lock").open("a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -342,10 +347,13 @@ class RunStore:
         parent: str | None,
         files: Mapping[str, str],
     ) -> Run:
+        from mlflow.exceptions import MlflowException
+
         described = {**tags, "mlflow.source.name": "elman", "mlflow.source.type": "LOCAL",
                      "mlflow.user": getpass.getuser()}  # fmt: skip
         if parent is not None:
             described["mlflow.parentRunId"] = parent
+        refuse_full_disk()
         born = {"mark": uuid.uuid4().hex, "name": name, "tags": described, "started": int(time.time() * 1000)}
         # First the outbox: a run that the store has, and whose process is killed, is recognised by it.
         outbox = self._outbox(str(born["mark"]))
@@ -354,23 +362,38 @@ class RunStore:
             outbox.put("param", key, without_password(value))
         for file, text in files.items():
             outbox.put("file", file, None, without_password(text).encode("utf-8"))
-        run_id: str | None = None
-        creation: Callable[[], str | None] | None = None
-        if not self.may_be_away:
-            run_id = self.create_run(**born)  # type: ignore[arg-type]  # as written above
-        elif self.away is None:
-            call = Call(lambda: self.create_run(**born))  # type: ignore[arg-type]  # as written above
-            try:
-                run_id = call.result(self._left)
-            except TimeoutError as error:
-                self.away, creation = str(error), call.late
-            except Exception as error:
-                if not is_absence(error) and not isinstance(error, StoreAwayError):
-                    raise
-                self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
+        try:
+            run_id, creation = self._ask_for_run(born)
+        except BaseException as error:
+            outbox.close(ended=False)
+            shutil.rmtree(outbox.folder, ignore_errors=True)  # there is no run to deliver it to
+            if not isinstance(error, MlflowException):
+                raise
+            raise TrackingError(
+                f"The tracking store {without_password(self.uri)} does not take a run ({in_short(error)}): "
+                "mend it, or set tracking.uri to another."
+            ) from error
         if run_id is not None:
             outbox.set_fact("run", run_id)
         return Run(self, run_id or str(born["mark"]), name, outbox, Sender(outbox, self, creation, self.away))
+
+    def _ask_for_run(self, born: Mapping[str, Any]) -> tuple[str | None, Callable[[], str | None] | None]:
+        """The id of a new run, or None and, where the answer may still come, what waits for it."""
+        if not self.may_be_away:
+            return self.create_run(**born), None
+        if self.away is not None:
+            return None, None
+        call = Call(lambda: self.create_run(**born))
+        try:
+            return str(call.result(self._left)), None
+        except TimeoutError as error:
+            self.away = str(error)
+            return None, call.late
+        except Exception as error:
+            if not is_absence(error) and not isinstance(error, StoreAwayError):
+                raise
+            self.away = error.reason if isinstance(error, StoreAwayError) else in_short(error)
+            return None, None
 
     def _open_again(self, name: str, resume: RunSummary) -> Run:
         outbox = self._outbox(resume.mark)

@@ -248,6 +248,7 @@ def _go_on(run: Run, resume: Resumption, corpus: PreparedCorpus, reporter: Repor
     """Tell the run, and take over what the process before left undone; returns the state to go on from."""
     for note in resume.notes:
         reporter.note(note)
+    resume.begun = True
     resume.adopt(corpus)
     run.set_tags(resume.tags())
     if resume.path is not None:

@@ -68,6 +68,8 @@ class Resumption:
     path: Path | None
     checkpoint: dict[str, Any] | None = field(repr=False)
     notes: list[str]
+    begun: bool = False
+    """Whether it goes on: until then, a refusal leaves no folder behind."""
 
     @property
     def step(self) -> int:
@@ -155,7 +157,12 @@ def resumed(
             if not trained_here:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        yield found
+        try:
+            yield found
+        except BaseException:
+            if not trained_here and not found.begun:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def find_to_resume(reference: str, store: RunStore) -> RunSummary:
