@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,16 @@ def test_a_sound_model_passes_every_check(kind: str) -> None:
     findings = list(examine_model(specimen(**KINDS[kind])))
     assert [finding for finding in findings if finding.status != "ok"] == []
     assert len({finding.name for finding in findings}) == len(findings) == 11
+
+
+def test_a_cluster_of_which_the_batch_has_no_token_is_no_fault() -> None:
+    rarest = TOKENIZER.vocabulary_size - 1
+    subject = specimen(softmax="adaptive", cutoffs=(5, rarest))
+    absent = replace(subject, text=TEXT.replace(TOKENIZER.decode([rarest]), ""))
+    assert seeded(learning, absent).status == "ok"
+    subject.model.adaptive.tails[0].requires_grad_(False).zero_()  # type: ignore[union-attr]  # it has one
+    subject.model.adaptive.narrow[1].data.zero_()  # type: ignore[union-attr]
+    assert_found(learning, subject, "no gradient reaches")
 
 
 def test_an_examination_leaves_model_and_random_numbers_as_they_were() -> None:

@@ -75,7 +75,8 @@ def learning(specimen: Specimen) -> Outcome:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         if step == 0:
-            still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+            idle = _not_due(model, targets_BT)
+            still = [n for n, p in model.named_parameters() if n not in idle and (p.grad is None or not p.grad.any())]
             if still:
                 return failure(f"no gradient reaches {listed(still)}", BUG)
         if nats < max(FIT_SHARE * start, FIT_NATS):
@@ -86,6 +87,15 @@ def learning(specimen: Specimen) -> Outcome:
     if model.body.output_size < NARROW and nats < NARROW_SHARE * start:
         return warning(f"{fall}, for want of units", "raise model.hidden_size to learn more by heart.")
     return failure(fall, BUG)
+
+
+def _not_due(model: LanguageModel, targets_BT: Tensor) -> set[str]:
+    """Weights that this batch has no use for: those of the adaptive softmax's clusters of which it has no token."""
+    if model.adaptive is None:
+        return set()
+    absent = [k for k, (begin, end) in enumerate(model.adaptive.edges)
+              if not ((targets_BT >= begin) & (targets_BT < end)).any()]  # fmt: skip
+    return {f"adaptive.{part}.{k}" for part in ("narrow", "tails") for k in absent}
 
 
 def _rate(specimen: Specimen) -> float:

@@ -190,7 +190,7 @@ class Outbox:
                 self._write(
                     "INSERT OR IGNORE INTO metrics (key, step, value, timestamp) VALUES (?, ?, ?, ?)", pending
                 )
-            elif self._in_memory_since is not None:
+            elif self._in_memory_since is not None and time.monotonic() - self._in_memory_since > RETURN_SECONDS:
                 self._return_to_disk()
 
     def _write(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
