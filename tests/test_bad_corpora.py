@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from elman.cli import main
 from elman.config.schema import CorpusConfig
 from elman.errors import DataError, ElmanError
-from elman.text import readers
+from elman.text import encode, readers
 from elman.text.files import find_files
 from elman.text.prepare import prepare
 from elman.text.readers import read_file
@@ -256,6 +256,24 @@ def test_nothing_of_a_refused_corpus_stays_in_the_cache(
     (tmp_path / "t.txt").write_bytes(MARKED)
     main(["corpus", str(tmp_path / "t.txt")])
     assert [path for path in files(tmp_path / "cache") if path.suffix != ".lock"] == []
+
+
+def test_a_text_without_white_space_has_no_words_and_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_MOST_IN_LONG_WORDS", 1 << 14)
+    (tmp_path / "t.txt").write_text(GOOD + GOOD.replace(" ", "").replace("\n", "") * 20)
+    refuse("train", "--corpus.name", str(tmp_path / "t.txt"), "--corpus.level", "word",
+           names=("t.txt", "no words", "corpus.level"))  # fmt: skip
+
+
+def test_byte_pairs_are_learned_in_short_runs_of_a_text_without_white_space(tmp_path: Path) -> None:
+    """In one piece, a word of 200,000 characters takes a minute, and one of a million half an hour."""
+    (tmp_path / "t.txt").write_text(GOOD + "".join(f"{number:x}"[::-1] for number in range(60_000)))
+    whole = prepare(CorpusConfig(name=str(tmp_path / "t.txt"), level="bpe", vocabulary_size=400))
+    back = "".join(whole.tokenizer.decode(split.open().tolist()) for split in whole.splits.values())  # type: ignore[union-attr]
+    assert back == (tmp_path / "t.txt").read_text()
+    assert whole.tokenizer.vocabulary_size == 400
 
 
 PEAK = """
