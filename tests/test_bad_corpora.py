@@ -262,7 +262,7 @@ def test_a_text_without_white_space_has_no_words_and_is_refused_before_it_fills_
     tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "_MOST_IN_LONG_WORDS", 1 << 14)
-    (tmp_path / "t.txt").write_text(GOOD + GOOD.replace(" ", "").replace("\n", "") * 20)
+    (tmp_path / "t.txt").write_text(GOOD + GOOD.replace(" ", "").replace("\n", "") * 300)
     refuse("train", "--corpus.name", str(tmp_path / "t.txt"), "--corpus.level", "word",
            names=("t.txt", "no words", "corpus.level"))  # fmt: skip
 
