@@ -30,14 +30,14 @@ from elman.text.prepare import prepare
 
 name, level, what, *settings = sys.argv[1:]
 if what == "prepare":
-    prepare(CorpusConfig(name=name, level=level, validation_fraction=0.001, test_fraction=0.001))
+    prepare(CorpusConfig(name=name, level=level, validation_fraction=2e-4, test_fraction=2e-4))
 elif cli.main(["train", "--corpus.name", name, "--corpus.level", level, *settings]):
     sys.exit(1)
 status = Path("/proc/self/status").read_text()
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024 / 1e6, file=sys.stderr)
 """
 TRAIN = [
-    "--corpus.validation_fraction", "0.001", "--corpus.test_fraction", "0.001", "--trainer.sample_length", "0",
+    "--corpus.validation_fraction", "2e-4", "--corpus.test_fraction", "2e-4", "--trainer.sample_length", "0",
     "--trainer.max_steps", "20", "--model.hidden_size", "64", "--model.embedding_size", "64",
     "--tracking.system_metrics", "false", "--data.batch_size", "32", "--data.sequence_length", "32",
 ]  # fmt: skip
