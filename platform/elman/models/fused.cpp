@@ -20,12 +20,6 @@
 #include "products.h"
 #include "threads.h"
 
-namespace {
-
-thread_local Scratch scratch;
-
-}  // namespace
-
 // A window, as Python describes it. Pointers that a call does not need are null.
 struct Window {
     int64_t threads, batch, steps, hidden, panel, tiles;
@@ -49,7 +43,19 @@ struct Window {
     int64_t wants_d_h;       // whether the first state's gradient is wanted
 };
 
+// A sum of outer products over all steps and rows of the batch, as Python describes it.
+struct Outer {
+    int64_t threads, tiles, count, units, hidden, gates;
+    const Bits* left;        // (N, left_stride), of which gates P columns count
+    int64_t left_stride;
+    const Bits* right;       // (N, P)
+    Bits* packed;            // (N padded to a multiple of 32, P): memory
+    float* sums;             // (gates H, H)
+};
+
 namespace {
+
+thread_local Scratch scratch;
 
 constexpr long ROWS = 96;  // at a time: their sums fit into L1 beside the weights that pass through
 
@@ -483,6 +489,71 @@ void backward_reset_before(const Window& w) {
     }
 }
 
+// The gradient of weight_hh ---------------------------------------------------------------
+
+constexpr long DEEP = 512;  // steps × rows at a time
+constexpr long TALL = 256;  // gates at a time: their sums, and what they are sums of, fit into L2
+
+inline Floats row_at(const Outer& o, const Bits* matrix, long stride, long n, long column) {
+    return n < o.count ? from_bf16(matrix + n * stride + column) : Floats{};
+}
+
+// sums = leftᵀ · right. The left factor is transposed by pairs of rows as they are needed; the right
+// one lies in pairs before the products begin: per panel of 64 columns (pairs of rows, columns, 2).
+void sum_outer_products(const Outer& o, Barrier& barrier) {
+    const long team = omp_get_num_threads(), me = omp_get_thread_num();
+    const long units = o.units, rows = o.gates * units, padded_count = (o.count + 31) / 32 * 32;
+    const long panels = (units + 63) / 64;
+    const auto width = [&](long panel) { return std::min(4L, (units - 64 * panel) / LANES); };
+    for (long k = padded_count / 2 * me / team; k < padded_count / 2 * (me + 1) / team; k++)
+        for (long panel = 0; panel < panels; panel++)
+            for (long v = 0; v < width(panel); v++) {
+                const long column = 64 * panel + v * LANES;
+                Bits* const to = o.packed + 64 * panel * padded_count + (k * width(panel) + v) * 2 * LANES;
+                store(to, paired(row_at(o, o.right, units, 2 * k, column), row_at(o, o.right, units, 2 * k + 1, column)));
+            }
+    barrier.wait(team);
+    const long blocks = rows / LANES;
+    const long first = blocks * me / team * LANES, last = blocks * (me + 1) / team * LANES;
+    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * TALL * DEEP + sizeof(float) * TALL * units);
+    float* const c = (float*)(a + TALL * DEEP);
+    for (long begin = first; begin < last; begin += TALL) {
+        const long tall = std::min(TALL, last - begin);
+        std::memset(c, 0, sizeof(float) * tall * units);
+        for (long n = 0; n < padded_count; n += DEEP) {
+            const long deep = std::min(DEEP, padded_count - n);
+            for (long k = 0; k < deep; k += 2 * LANES)
+                for (long gate = 0; gate < tall; gate += LANES) {
+                    Words block[LANES];
+                    for (long i = 0; i < LANES; i++) {
+                        const long at = n + k + 2 * i;
+                        block[i] = paired(
+                            row_at(o, o.left, o.left_stride, at, begin + gate),
+                            row_at(o, o.left, o.left_stride, at + 1, begin + gate));
+                    }
+                    transpose(block);
+                    for (long i = 0; i < LANES; i++) store(a + (gate + i) * DEEP + k, block[i]);
+                }
+            for (long panel = 0; panel < panels; panel++)
+                (o.tiles ? tile_product : vector_product)(
+                    width(panel), a, DEEP, o.packed + 64 * panel * padded_count + n * width(panel) * LANES, deep / 2,
+                    c + 64 * panel * tall, tall);
+        }
+        for (long row = begin; row < begin + tall; row++) {
+            const long gate = row / units, unit = row % units;
+            if (unit >= o.hidden) continue;
+            for (long panel = 0; panel < panels; panel++) {
+                const long stride = width(panel) * LANES, wanted = std::min(stride, o.hidden - 64 * panel);
+                if (wanted <= 0) continue;
+                std::memcpy(
+                    o.sums + (gate * o.hidden + unit) * o.hidden + 64 * panel,
+                    c + 64 * panel * tall + (row - begin) * stride, sizeof(float) * wanted);
+            }
+        }
+    }
+    release_tiles();
+}
+
 template <class Cell>
 void run(const Window& w, bool is_forward) {
     if (is_forward) (w.tokens ? forward<Cell, true> : forward<Cell, false>)(w);
@@ -494,6 +565,12 @@ void run(const Window& w, bool is_forward) {
 extern "C" {
 
 int elman_has_tiles() { return tiles_allowed(); }
+
+void elman_outer(const Outer* outer) {
+    Barrier barrier;
+#pragma omp parallel num_threads(outer->threads)
+    sum_outer_products(*outer, barrier);
+}
 
 void elman_rnn_tanh(const Window* w, int is_forward) { run<Rnn<false>>(*w, is_forward); }
 void elman_rnn_relu(const Window* w, int is_forward) { run<Rnn<true>>(*w, is_forward); }

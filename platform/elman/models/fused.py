@@ -80,6 +80,17 @@ class _Window(ctypes.Structure):
     )
 
 
+class _Outer(ctypes.Structure):
+    """struct Outer of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "tiles", "count", "units", "hidden", "gates")),
+        ("left", ctypes.c_void_p),
+        ("left_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("right", "packed", "sums")),
+    )
+
+
 def is_fused(kind: str, like: Tensor) -> bool:
     """Whether the kernel computes this kind of cell for inputs on ``like``'s device, now."""
     return (
@@ -217,14 +228,43 @@ class _FusedWindow(torch.autograd.Function):
             gates_NG = gates_TBC[..., layout.recurrent * padded_size :].flatten(0, 1)
             before_NP = outputs_TBP[:-1].flatten(0, 1)
             if reset_TBP is None:
-                d_weight_GP = gates_NG.t() @ before_NP
+                d_weight_hh = _outer(gates_NG, before_NP, hidden_size)
             else:
                 rz_NG, n_NP = torch.split(gates_NG, [2 * padded_size, padded_size], dim=1)
-                d_weight_GP = torch.cat((rz_NG.t() @ before_NP, n_NP.t() @ reset_TBP.flatten(0, 1)))
-            d_weight_hh = d_weight_GP.unflatten(0, (layout.gates, padded_size))[:, :hidden_size, :hidden_size]
-            d_weight_hh = d_weight_hh.reshape(weight_hh.shape)
+                reset_NP = reset_TBP.flatten(0, 1)
+                d_weight_hh = torch.cat(
+                    (_outer(rz_NG, before_NP, hidden_size), _outer(n_NP, reset_NP, hidden_size))
+                )
         d_inputs = gates_TBC[..., : layout.gates * padded_size] if d_table_VG is None else d_table_VG
         return (None, d_inputs, None, d_weight_hh, d_bias_C, *d_after)
+
+
+def _outer(gates_NG: Tensor, before_NP: Tensor, hidden_size: int) -> Tensor:
+    """gatesᵀ · before, of the real units: (gates of them × H, H)."""
+    count, padded_size = before_NP.shape
+    gates = gates_NG.shape[1] // padded_size
+    if not _has_tiles():  # a matrix library is as fast then
+        sums_GUP = (gates_NG.t() @ before_NP).view(gates, padded_size, padded_size)
+        return sums_GUP[:, :hidden_size, :hidden_size].reshape(-1, hidden_size)
+    sums = torch.empty(gates * hidden_size, hidden_size)
+    packed = pooled((-(-count // 32) * 32, padded_size), torch.bfloat16)
+    outer = _Outer(
+        threads=torch.get_num_threads(),
+        tiles=1,
+        count=count,
+        units=padded_size,
+        hidden=hidden_size,
+        gates=gates,
+        left=gates_NG.data_ptr(),
+        left_stride=gates_NG.stride(0),
+        right=before_NP.data_ptr(),
+        packed=packed.data_ptr(),
+        sums=sums.data_ptr(),
+    )
+    library = _kernels()
+    assert library is not None
+    library.elman_outer(ctypes.byref(outer))
+    return sums
 
 
 def _call(
