@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elman.models import compiled, fused_loss, softmax
-from elman.models.softmax import linear_loss
+from elman.models.softmax import linear_loss, linear_scores
 
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
@@ -107,6 +107,19 @@ def test_what_is_not_wanted_is_not_computed_and_without_gradients_nothing_is_kep
         assert torch.equal(alone, every[1])
         with torch.no_grad():
             assert torch.equal(linear_loss(features_NH.bfloat16(), weight_VH, bias_V, targets_N), every[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_scores_are_the_loss_and_count_the_likeliest_predictions(threads: int) -> None:
+    torch.set_num_threads(threads)
+    tensors, targets_N = layer(70, 500, 40)
+    with torch.no_grad():
+        likeliest_N = F.linear(*(tensor.double() for tensor in tensors)).argmax(1)
+    targets_N[:30] = likeliest_N[:30]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, correct = linear_scores(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    assert torch.equal(loss, with_gradients(tensors, targets_N)[0])
+    assert correct == (targets_N == likeliest_N).sum()
 
 
 def test_a_target_that_is_no_token_is_refused() -> None:

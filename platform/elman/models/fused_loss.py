@@ -31,7 +31,7 @@ class _Loss(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("weight", "bias", "features", "targets", "packed", "kept", "sums", "lse", "found"),
+                *("weight", "bias", "features", "targets", "packed", "kept", "sums", "predicted", "lse", "found"),
                 *("factors", "d_weight", "d_bias", "d_features", "gathered"),
             )
         ),
@@ -57,12 +57,28 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
     Raises:
         IndexError: A target is no token.
     """
-    counts_N = targets_N != ignored
-    smallest, largest = torch.aminmax(torch.where(counts_N, targets_N, 0))
-    if smallest < 0 or largest >= weight_VH.shape[0]:  # the kernel would write what is not there
-        raise IndexError(f"target out of range: {smallest} to {largest} of {weight_VH.shape[0]} tokens")
+    counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
     loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
     return loss
+
+
+def fused_scores(
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
+    counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
+    predicted_N = torch.empty_like(targets_N)
+    call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=None, predicted_N=predicted_N)
+    return _summed(call, counts_N), (predicted_N == targets_N).sum()
+
+
+def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
+    """Which targets count."""
+    counts_N = targets_N != ignored
+    smallest, largest = torch.aminmax(torch.where(counts_N, targets_N, 0))
+    if smallest < 0 or largest >= num_tokens:  # the kernel would write what is not there
+        raise IndexError(f"target out of range: {smallest} to {largest} of {num_tokens} tokens")
+    return counts_N
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -71,24 +87,12 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
     ) -> Tensor:
         trained = any(ctx.needs_input_grad)
-        num_positions, num_tokens = targets_N.shape[0], weight_VH.shape[0]
-        padded, threads = _padded(num_positions, LANES), torch.get_num_threads()
-        kept = pooled((_padded(num_tokens, 2 * LANES), padded), torch.bfloat16) if trained else None
-        lse_P, found_P = torch.zeros(padded), torch.zeros(padded)
-        call: dict[str, Tensor | None] = {
-            "weight": weight_VH.detach().contiguous(),
-            "bias": bias_V.detach().contiguous(),
-            "features": features_NH.detach().to(torch.bfloat16).contiguous(),
-            "targets": targets_N.contiguous(),
-            "kept": kept,
-            "sums": torch.empty(threads, 2, padded),
-            "lse": lse_P,
-            "found": found_P,
-        }
-        _call(call, is_forward=True)
+        size = _padded(weight_VH.shape[0], 2 * LANES), _padded(targets_N.shape[0], LANES)
+        kept = pooled(size, torch.bfloat16) if trained else None
+        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept)
         ctx.save_for_backward(*(call[name] for name in SAVED))
         ctx.kept, ctx.counts_N = kept, counts_N
-        return ((lse_P - found_P)[:num_positions] * counts_N).sum()
+        return _summed(call, counts_N)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -115,6 +119,38 @@ class _FusedLoss(torch.autograd.Function):
         }
         _call(call, is_forward=False)
         return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
+
+
+def _forward(
+    features_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    targets_N: Tensor,
+    *,
+    kept: Tensor | None,
+    predicted_N: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    padded = _padded(targets_N.shape[0], LANES)
+    call: dict[str, Tensor | None] = {
+        "weight": weight_VH.detach().contiguous(),
+        "bias": bias_V.detach().contiguous(),
+        "features": features_NH.detach().to(torch.bfloat16).contiguous(),
+        "targets": targets_N.contiguous(),
+        "kept": kept,
+        "sums": torch.empty(torch.get_num_threads(), 3, padded),
+        "predicted": predicted_N,
+        "lse": torch.zeros(padded),
+        "found": torch.zeros(padded),
+    }
+    _call(call, is_forward=True)
+    return call
+
+
+def _summed(call: dict[str, Tensor | None], counts_N: Tensor) -> Tensor:
+    lse_P, found_P = call["lse"], call["found"]
+    assert lse_P is not None
+    assert found_P is not None
+    return ((lse_P - found_P)[: len(counts_N)] * counts_N).sum()
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -28,7 +28,8 @@ struct Loss {
     const int64_t* targets;  // (N)
     Bits* packed;            // N × H, padded: the features as the right factor
     Bits* kept;              // V × N, padded: panels of scores, then of their gradients
-    float* sums;             // (threads, 2, N): the largest scores, and sums of exponentials
+    float* sums;             // (threads, 3, N): the largest scores, sums of exponentials, and whose the largest are
+    int64_t* predicted;      // (N): tokens of the largest scores, or null
     float* lse;              // (N): logarithms of the sums of exponentials
     float* found;            // (N): the targets' scores
     // Backward only.
@@ -118,9 +119,21 @@ void pack_by_unit(const Sizes& s) {
 }
 
 // One vector of positions: adds the rows' exponentials to the sums so far, and keeps the rows.
-void add_exponentials(const float* c, long stride, long rows, float* largest, float* sum, Bits* kept) {
+void add_exponentials(
+    const float* c, long stride, long begin, long rows, float* largest, float* sum, int32_t* whose, Bits* kept) {
     Floats before = load<Floats>(largest), top = before;
-    for (long row = 0; row < rows; row++) top = larger(top, load<Floats>(c + row * stride));
+    if (whose) {
+        Ints tokens = load<Ints>(whose);
+        for (long row = 0; row < rows; row++) {
+            const Floats score = load<Floats>(c + row * stride);
+            const Ints higher = score > top;
+            tokens = (tokens & ~higher) | (((int32_t)(begin + row) + Ints{}) & higher);
+            top = larger(top, score);
+        }
+        store(whose, tokens);
+    } else {
+        for (long row = 0; row < rows; row++) top = larger(top, load<Floats>(c + row * stride));
+    }
     Floats total = load<Floats>(sum) * exponential(before - top);
     for (long row = 0; row < rows; row++) {
         const Floats score = load<Floats>(c + row * stride);
@@ -134,10 +147,11 @@ void add_exponentials(const float* c, long stride, long rows, float* largest, fl
 void forward(const Sizes& s, Barrier& barrier) {
     const Loss& l = s.l;
     const long me = omp_get_thread_num(), team = omp_get_num_threads();
-    float* const largest = l.sums + 2 * me * s.n;
+    float* const largest = l.sums + 3 * me * s.n;
     float* const sum = largest + s.n;
+    int32_t* const whose = l.predicted ? (int32_t*)(sum + s.n) : nullptr;
     std::fill(largest, largest + s.n, -INFINITY);
-    std::fill(sum, sum + s.n, 0.0f);
+    std::fill(sum, sum + 2 * s.n, 0.0f);
     Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * 4 * LANES);
     float* const c = (float*)(a + ROWS * s.h);
     pack_by_position(s);
@@ -158,7 +172,8 @@ void forward(const Sizes& s, Barrier& barrier) {
             }
             for (long v = 0; v < width; v++)
                 add_exponentials(
-                    c + v * LANES, stride, rows, largest + first + v * LANES, sum + first + v * LANES,
+                    c + v * LANES, stride, begin, rows, largest + first + v * LANES, sum + first + v * LANES,
+                    whose ? whose + first + v * LANES : nullptr,
                     l.kept ? s.kept(p) + begin * stride + v * LANES : nullptr);
         }
     }
@@ -166,8 +181,19 @@ void forward(const Sizes& s, Barrier& barrier) {
     const Part mine(s.n, LANES);
     for (long n = mine.begin; n < mine.end; n++) {
         float top = -INFINITY, total = 0.0f;
-        for (long t = 0; t < team; t++) top = std::max(l.sums[2 * t * s.n + n], top);
-        for (long t = 0; t < team; t++) total += l.sums[(2 * t + 1) * s.n + n] * std::exp(l.sums[2 * t * s.n + n] - top);
+        for (long t = 0; t < team; t++) {
+            const float* const part = l.sums + 3 * t * s.n + n;
+            if (l.predicted && n < l.positions && part[0] > top) {
+                int32_t token;
+                std::memcpy(&token, part + 2 * s.n, sizeof token);
+                l.predicted[n] = token;
+            }
+            top = std::max(part[0], top);
+        }
+        for (long t = 0; t < team; t++) {
+            const float* const part = l.sums + 3 * t * s.n + n;
+            total += part[s.n] * std::exp(part[0] - top);
+        }
         l.lse[n] = top + std::log(total);
     }
 }

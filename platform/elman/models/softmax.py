@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.fused_loss import fused_loss, is_fused
+from elman.models.fused_loss import fused_loss, fused_scores, is_fused
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
@@ -37,8 +37,7 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         targets_N: Token ids; ``IGNORED`` ones do not count.
     """
     dtype = _product_type(features_NH, weight_VH)
-    size = targets_N.shape[0] * weight_VH.shape[0]
-    if 0 < size <= KEPT_LOGITS and is_fused(dtype, weight_VH):
+    if 0 < targets_N.shape[0] * weight_VH.shape[0] <= KEPT_LOGITS and is_fused(dtype, weight_VH):
         return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
@@ -104,6 +103,8 @@ def linear_scores(
 ) -> tuple[Tensor, Tensor]:
     """Loss as of ``linear_loss``, and how many targets were the likeliest prediction; no gradients."""
     dtype = _product_type(features_NH, weight_VH)
+    if targets_N.numel() and is_fused(dtype, weight_VH):
+        return fused_scores(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     features_NH = features_NH.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     lse_N = features_NH.new_full(targets_N.shape, -torch.inf, dtype=wide)
