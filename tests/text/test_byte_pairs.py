@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from elman.errors import DataError
 from elman.text import byte_pairs
-from elman.text.byte_pairs import BytePairTable
+from elman.text.byte_pairs import BytePairTable, short_runs
 from elman.text.tokenizer import Tokenizer
 
 WORDS = ["a", "ab", "b.", "'s", "11", "é", "世界", "\U0001f600", "\x1c", "\x85", "\0"]
@@ -64,3 +64,20 @@ def test_the_table_forgets_before_it_grows_large(tokenizer: Tokenizer, monkeypat
         table.encode_batch([" ".join(f"{batch}a{number}" for number in range(50))])
         assert len(table._parts) <= 100 + 50
         assert len(table._length) == len(table._begin) == len(table._parts)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, " " * 5000, "=" * 5000, "a b " * 10 + "7" * 5000, "a1." * 10_000])
+def test_what_goes_on_and_on_is_learned_in_short_pieces(text: str) -> None:
+    pieces = list(short_runs([text]))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) == 256
+
+
+def test_little_is_learned_of_what_goes_on_and_on(monkeypatch) -> None:
+    monkeypatch.setattr(byte_pairs, "_TAUGHT", 1)
+    assert "".join(short_runs(["x" * 5000, "y" * 5000, "a b"])) == "x" * 5000 + "a b"
+
+
+@pytest.mark.parametrize("text", ["the cat.\n" * 500, "天地玄黃，宇宙洪荒。" * 300 + "\n", "a1b2" * 1000, "a  b\n\n" * 1000])
+def test_running_text_of_any_script_is_learned_from_as_it_is(text: str) -> None:
+    assert list(short_runs([text])) == [text]

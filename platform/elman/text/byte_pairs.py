@@ -1,4 +1,4 @@
-"""Byte pairs by look-up: a part of a text between two spaces is encoded once, and looked up when it comes again.
+"""Byte pairs: what they are learned from; and a part between two spaces is encoded once, then looked up.
 
 The pattern of byte-level BPE (Radford et al. 2019) cuts a text before a space, and after a line end, that stands
 between two characters that are not space, whatever surrounds them. So the ids of a text are those of its
@@ -7,7 +7,8 @@ parts in a row. Running text repeats its words: what the library would work out 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,31 @@ _MOST_PARTS = 1 << 18
 _MOST_CHARACTERS = 1 << 23  # of all parts that are kept: some tens of megabytes with what Python adds
 _PAUSE = 16  # batches for which a text that does not repeat itself goes through the library alone
 _GLUED = "\0"  # begins a part that no space precedes; no text of ours holds one
+
+_LONGEST_RUN = 1 << 10  # characters of one kind that are learned from whole: the library's time is quadratic
+_NO_SPACE = 1 << 14  # characters without white space, which no running text has in any script
+_SHORT = 256  # characters
+_TAUGHT = 1 << 22  # characters of such that are learned from at all: the library keeps every distinct piece
+_RUN = re.compile("|".join(f"{kind}{{{_LONGEST_RUN}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]", "_", r"\s")))
+
+
+def short_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with those that go on and on, without white space or in one kind of character, in short pieces."""
+    taught = 0
+    for text in texts:
+        if not _goes_on(text):
+            yield text
+        elif taught < _TAUGHT:
+            taught += len(text)
+            yield from (text[place : place + _SHORT] for place in range(0, len(text), _SHORT))
+
+
+def _goes_on(text: str) -> bool:
+    if len(text) <= _LONGEST_RUN:
+        return False
+    longest = max(map(len, text.split()), default=0)
+    suspect = longest > _LONGEST_RUN or len(text) > 4 * _LONGEST_RUN  # the latter may be white space
+    return longest > _NO_SPACE or (suspect and _RUN.search(text) is not None)
 
 
 class BytePairTable:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from elman.config.schema import CorpusConfig, Level
 from elman.errors import DataError
-from elman.text.byte_pairs import BytePairTable
+from elman.text.byte_pairs import BytePairTable, short_runs
 from elman.text.readers import BLOCK, Batch, Piece, in_batches
 from elman.text.spelling import SpellingModel
 from elman.text.streams import Stream
@@ -29,8 +29,6 @@ Advance = Callable[[int], None]
 """Told how many more characters have been worked through."""
 
 _BPE_PIECE = 1 << 12  # characters: the library is faster with short texts, and shares them among the cores
-_LONGEST_RUN = 256  # characters without white space that teach byte pairs in one piece: the library's time is quadratic
-_RUNS_TAUGHT = 1 << 22  # characters of longer ones that teach at all: it keeps every distinct piece in memory
 _LONG_WORD = 10_000  # characters: text that has no white space, for no language has such words
 _MOST_IN_LONG_WORDS = 1 << 23  # characters: each is a symbol of its own, and kept in memory many times over
 _FEW = 8  # texts in a batch that are worked on one by one; more of them are short, and cost more than what they hold
@@ -43,7 +41,7 @@ def learn_vocabulary(config: CorpusConfig, sample: Stream, advance: Advance) -> 
         case "byte":
             return Tokenizer.for_bytes(), None
         case "bpe":
-            return Tokenizer.train_bpe(_short_runs(_texts(sample, "bpe", advance)), config.vocabulary_size), None
+            return Tokenizer.train_bpe(short_runs(_texts(sample, "bpe", advance)), config.vocabulary_size), None
         case "character":
             counts = _count_characters(_texts(sample, "character", advance))
             build = Tokenizer.from_characters
@@ -186,17 +184,6 @@ def _texts(stream: Stream, level: Level, advance: Advance) -> Iterator[str]:
         else:
             yield (" " if level == "word" else "").join(texts)
         advance(sum(map(len, texts)))
-
-
-def _short_runs(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, with what stands without white space cut into short runs, and not too many of them."""
-    taught = 0
-    for text in texts:
-        if len(text) <= _LONGEST_RUN or max(map(len, text.split()), default=0) <= _LONGEST_RUN:
-            yield text
-        elif taught < _RUNS_TAUGHT:
-            taught += len(text)
-            yield from (text[place : place + _LONGEST_RUN] for place in range(0, len(text), _LONGEST_RUN))
 
 
 def _count_characters(texts: Iterable[str]) -> dict[str, int]:
