@@ -162,7 +162,7 @@ def test_logits_and_state_are_nearly_those_of_double_precision(
     ids_TB = generator.advance(draws(30, batch_size))
     logits_TBV, state = after(model, ids_TB)
     assert logits_TBV[-1].std() > 0.5
-    torch.testing.assert_close(generator.logits.double(), logits_TBV[-1], atol=2e-3, rtol=0)
+    torch.testing.assert_close(generator.logits.double(), logits_TBV[-1], atol=5e-3, rtol=0)
     for ours, theirs in zip([tensor for part in generator.state for tensor in part], state, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-3, rtol=1e-3)
 

@@ -57,9 +57,10 @@ inline void store(void* to, Vector value) {
 
 inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
 inline Floats floats(Ints value) { return __builtin_convertvector(value, Floats); }
-inline Floats rounded(Floats value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
 
 #ifdef ELMAN_VNNI
+inline Floats rounded(Floats value) { return (Floats)_mm512_roundscale_ps((__m512)value, _MM_FROUND_TO_NEAREST_INT); }
+inline Floats scaled(Floats value, Floats power) { return (Floats)_mm512_scalef_ps((__m512)value, (__m512)power); }
 inline Floats clamp(Floats value, float low, float high) {
     return (Floats)_mm512_min_ps(_mm512_max_ps((__m512)value, _mm512_set1_ps(low)), _mm512_set1_ps(high));
 }
@@ -68,6 +69,10 @@ inline Floats reciprocal(Floats value) {  // a guess of 14 bits, doubled by Newt
     return guess * (2.0f - value * guess);
 }
 #else
+inline Floats rounded(Floats value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
+inline Floats scaled(Floats value, Floats power) {
+    return value * (Floats)((__builtin_convertvector(power, Ints) + 127) << 23);
+}
 inline Floats clamp(Floats value, float low, float high) {
     value = select(value < low, Floats{} + low, value);
     return select(value > high, Floats{} + high, value);
@@ -87,19 +92,16 @@ inline float total(Floats value) {
     return sum;
 }
 
-// exp(x) for −87 to 88, and that of the nearer end beyond, good to 2e-7 of its value: x = n ln 2 + r,
-// and Cephes' polynomial in r.
+// exp(x) for −87 to 87, and that of the nearer end beyond: a power of two, whose whole part goes
+// to the exponent; the rest by a polynomial that is good to 8e-8 of the value.
 inline Floats exponential(Floats x) {
-    x = clamp(x, -87.0f, 88.0f);
-    const Floats n = rounded(x * 1.44269504f);
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+    const Floats power = clamp(x * 1.44269504f, -126.0f, 126.0f), whole = rounded(power), rest = power - whole;
+    Floats p = 1.327609783e-3f * rest + 9.675419799e-3f;
+    p = p * rest + 5.550713326e-2f;
+    p = p * rest + 2.402212214e-1f;
+    p = p * rest + 6.931469678e-1f;
+    p = p * rest + 1.0f;
+    return scaled(p, whole);
 }
 inline Floats sigmoid(Floats x) { return reciprocal(1.0f + exponential(-x)); }
 inline Floats tangent(Floats x) { return 1.0f - 2.0f * reciprocal(1.0f + exponential(2.0f * x)); }
