@@ -129,7 +129,7 @@ def panels_of(benchmark: str, results: list[dict[str, Any]]) -> Panels:
             and (name in SETTINGS or isinstance(results[0][name], str))]  # fmt: skip
     panels: Panels = {}
     for result in results:
-        who = " ".join(f"{name} {result[name]}" if name in SETTINGS else str(result[name]) for name in tell)
+        who = " ".join(f"{name.replace('_', ' ')} {result[name]}" if name in SETTINGS else str(result[name]) for name in tell)
         for quantity, value in result.items():
             if quantity in tell or quantity not in UNITS:
                 continue
@@ -213,6 +213,8 @@ def draw(source: Path) -> Path | None:
     """The picture of one file of figures; None where it holds nothing to draw."""
     report = json.loads(source.read_text(encoding="utf-8"))
     results, surroundings = report["results"], report["environment"]
+    if not results:
+        return None
     curves = curves_of(source.stem, results)
     panels = {} if source.stem == "scan_lengths" else panels_of(source.stem, results)
     heights = [2.6 for _ in curves] + [0.55 + 0.27 * len(rows) for rows in panels.values()]

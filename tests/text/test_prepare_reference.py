@@ -94,3 +94,16 @@ def test_a_prepared_corpus_is_what_a_plain_account_says(level: Level, text: str,
             assert (found.unknown_tokens, found.unknown_types) == (len(expected.hidden), len(set(expected.hidden)))
             if expected.hidden:
                 assert found.unknown_bits == pytest.approx(spelled(level, parts["train"], expected.hidden))
+
+
+@pytest.mark.parametrize("level", ["word", "bpe"])
+def test_one_core_makes_the_files_that_many_make(level: Level, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"the {number % 97} cats of {number} mats\n" for number in range(4000)), encoding="utf-8")
+    made = []
+    for parallel in ("true", "false"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        prepared = prepare(CorpusConfig(name=str(path), level=level, vocabulary_size=600), tmp_path / parallel)
+        made.append({file.name: file.read_bytes() for file in prepared.directory.iterdir()})
+    assert made[0] == made[1]
+    assert len(made[0]["train.bin"]) > 4000
