@@ -129,7 +129,8 @@ def panels_of(benchmark: str, results: list[dict[str, Any]]) -> Panels:
             and (name in SETTINGS or isinstance(results[0][name], str))]  # fmt: skip
     panels: Panels = {}
     for result in results:
-        who = " ".join(f"{name.replace('_', ' ')} {result[name]}" if name in SETTINGS else str(result[name]) for name in tell)
+        named = {name: f"{name.replace('_', ' ')} {result[name]}" for name in SETTINGS & result.keys()}
+        who = " ".join(named.get(name, str(result[name])) for name in tell)
         for quantity, value in result.items():
             if quantity in tell or quantity not in UNITS:
                 continue
