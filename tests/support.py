@@ -27,6 +27,16 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+class Payload:
+    """Unpickled, it touches a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.canary,)
+
+
 def make_text(words: int, seed: int = 0) -> str:
     """Sentences of made-up words with some structure to learn."""
     draw = random.Random(seed)

@@ -4,13 +4,14 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -94,6 +95,8 @@ def test_the_ui_answers_on_this_machine_alone_and_ends_with_its_command(workplac
             urllib.request.urlopen(request, timeout=30)
         with refusal.value as error:
             assert b"MLFLOW_SERVER_ENABLE_JOB_EXECUTION" in error.read()
+    with closing(sqlite3.connect(workplace / "mlruns" / "mlflow.db")) as database:
+        assert database.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("password", [None, "", "short"])

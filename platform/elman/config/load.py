@@ -29,7 +29,7 @@ from elman.errors import ConfigError
 
 T = TypeVar("T")
 
-LARGEST_FILE = 1_000_000
+LARGEST_FILE = 64_000
 """Bytes; a configuration is a page, and anything larger was given by mistake."""
 
 

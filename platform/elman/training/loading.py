@@ -25,6 +25,7 @@ from elman.config.load import from_flat
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten
 from elman.errors import ElmanError, ModelError, TrackingError
+from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel
 from elman.tasks.pyfunc import load_files
 from elman.text.prepared import PreparedCorpus
@@ -103,6 +104,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _refuse_inflation(architecture: dict[str, Any], numbers: int) -> None:
+    """A few bytes that describe a huge model must not fill the memory before its weights are missed."""
+    with torch.device("meta"):  # shapes without storage
+        described = count_parameters(LanguageModel.from_architecture(architecture))["total"]
+    if described > numbers:
+        raise ModelError(f"it has {numbers:,} weights, and describes {described:,}")
+
+
 def from_checkpoint(path: Path) -> LoadedModel:
     """The model in a checkpoint.
 
@@ -112,8 +121,10 @@ def from_checkpoint(path: Path) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     extra = checkpoint["elman"]
     try:
+        weights = model_weights(checkpoint)
+        _refuse_inflation(extra["architecture"], sum(weight.numel() for weight in weights.values()))
         model = LanguageModel.from_architecture(extra["architecture"])
-        model.load_state_dict(model_weights(checkpoint))
+        model.load_state_dict(weights)
         return _loaded(model, Tokenizer.from_json(extra["tokenizer"]), extra["provenance"])
     except (*_MISSHAPEN, ElmanError) as error:
         raise ModelError(f"{path} does not hold the model it describes ({str(error).splitlines()[0]}).") from None
@@ -126,6 +137,8 @@ def from_folder(folder: Path) -> LoadedModel:
         ModelError: A file is missing or damaged.
     """
     try:
+        size = (folder / "weights.safetensors").stat().st_size
+        _refuse_inflation(json.loads((folder / "architecture.json").read_text("utf-8")), size)
         return _loaded(*load_files(folder), json.loads((folder / "provenance.json").read_text("utf-8")))
     except OSError as error:
         raise ModelError(f"{folder} is no saved model ({error.strerror}: {error.filename}).") from None
