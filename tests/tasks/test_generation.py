@@ -5,6 +5,7 @@ import torch
 
 from elman.config.schema import GenerationConfig, ModelConfig
 from elman.errors import DataError
+from elman.models import sampling
 from elman.models.language_model import build_model
 from elman.tasks.generation import TextGenerator
 from elman.text.tokenizer import Tokenizer
@@ -66,6 +67,24 @@ def test_a_continuation_ends_before_the_stop_text(letters: TextGenerator) -> Non
 def test_a_stop_text_that_never_comes_changes_nothing(letters: TextGenerator) -> None:
     free = letters.complete("a", GenerationConfig(length=60))
     assert letters.complete("a", GenerationConfig(length=60, stop=free[0][-2:] + "XYZ")) == free
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_stop_text_ends_at_the_same_place_whatever_comes_at_once(
+    letters: TextGenerator, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = letters.complete("a", GenerationConfig(length=300))[0]
+    monkeypatch.setattr(sampling, "CHUNK_SECONDS", seconds)
+    stop = free[70:74]
+    pieces = [piece for [piece] in letters.stream("a", GenerationConfig(length=300, stop=stop))]
+    assert "".join(pieces) == free[: free.index(stop)]
+
+
+def test_text_appears_while_it_is_generated(letters: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "CHUNK_SECONDS", 0.0)
+    pieces = [piece for [piece] in letters.stream("a", GenerationConfig(length=100))]
+    assert len(pieces) > 50
+    assert max(map(len, pieces)) <= sampling.FIRST_CHUNK
 
 
 def test_bytes_stream_whole_characters() -> None:
