@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.scan import linear_recurrence, minimal_gates
+from elman.models.scan import GATES, linear_recurrence, minimal_gates
 
 LayerState = tuple[Tensor, ...]
 """The h of a layer, and for the LSTM its c too; each (B, H)."""
@@ -124,8 +124,8 @@ WEIGHT_HOLDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
     "gru_reset_before": ResetBeforeGRU,
-    "mingru": partial(MinimalWeights, gates=2),
-    "minlstm": partial(MinimalWeights, gates=3),
+    "mingru": partial(MinimalWeights, gates=GATES["mingru"]),
+    "minlstm": partial(MinimalWeights, gates=GATES["minlstm"]),
 }
 WINDOWS: dict[str, Window] = {
     "rnn_tanh": _single_state_window(torch.rnn_tanh),
