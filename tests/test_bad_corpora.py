@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -192,6 +194,33 @@ def test_a_column_that_holds_no_text_is_one_line(tmp_path: Path, refuse: Refuse,
 @pytest.mark.parametrize("name", ["hub:", "hub:../x", "hub:a/b/c", "hub:./x", "hub:a b", "hub:" + "x" * 500])
 def test_a_name_that_no_hub_data_set_can_have_is_one_line(refuse: Refuse, name: str) -> None:
     refuse("train", "--corpus.name", name, names=("corpus.name", "hub:OWNER/NAME"))
+
+
+class AbsentHub(BaseHTTPRequestHandler):
+    """A hub that has no data set at all."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_data_set_that_the_hub_does_not_have_and_a_hub_out_of_reach_are_one_line(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), AbsentHub) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        for command in (["corpus"], ["train", "--corpus.name"]):
+            refuse(*command, "hub:nobody/nothing", names=("hub:nobody/nothing", "no such public data set"))
+        server.shutdown()
+        thread.join()
+    for command in (["corpus"], ["train", "--corpus.name"]):
+        refuse(*command, "hub:nobody/nothing", names=("hub:nobody/nothing", "out of reach", "bible-asv"))
 
 
 MARKED = GOOD.encode() + b"\xff\xfe" + GOOD.encode()
