@@ -76,7 +76,7 @@ def test_more_threads_than_cores_are_a_warning_and_a_missing_gpu_a_failure_where
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert surroundings.processor(TrainerConfig()).status == "ok"
-    assert surroundings.processor(TrainerConfig(threads=10_000)).status == "warning"
+    assert surroundings.processor(TrainerConfig(threads=4_096)).status == "warning"
     monkeypatch.setattr(surroundings, "multiplies_bf16", lambda device: False)
     assert surroundings.processor(TrainerConfig(precision="bf16")).status == "warning"
     assert surroundings.gpu(TrainerConfig()).status == "ok"

@@ -181,7 +181,7 @@ def test_joining_a_study_that_is_not_there_is_one_line(workplace: Path) -> None:
     _, err = process.communicate(timeout=60)
     [line] = [line for line in err.splitlines() if line.startswith("elman:")]
     assert process.returncode == 2
-    assert "--join nowhere: there is no such study" in line
+    assert "--join nowhere: mlruns/search.db does not exist" in line
 
 
 @pytest.mark.parametrize(
