@@ -564,7 +564,7 @@ void run(const Window& w, bool is_forward) {
 
 extern "C" {
 
-int elman_has_tiles() { return tiles_allowed(); }
+int elman_has_tiles() { return has_tile_product(); }
 
 void elman_outer(const Outer* outer) {
     Barrier barrier;

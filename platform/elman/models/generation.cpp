@@ -14,22 +14,21 @@
 // Threads share the units of a layer, with all their gates, and meet after each.
 // P is a size padded to a multiple of 16, K one padded to a multiple of 64, with zeros.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 #include <omp.h>
-#include <sched.h>
+
+#include "threads.h"
+#include "tiles.h"
+#include "vectors.h"
 #if defined(__AVX512VNNI__) && !defined(ELMAN_PORTABLE)
 #include <immintrin.h>
 #define ELMAN_VNNI 1
-#if defined(__AMX_INT8__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ELMAN_AMX 1
+#if defined(ELMAN_TILES) && defined(__AMX_INT8__)
+#define ELMAN_TILE_PRODUCT 1
 #endif
 #endif
 
@@ -37,25 +36,9 @@ namespace {
 
 // Sixteen lanes ----------------------------------------------------------------------------
 
-constexpr long LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int16_t Shorts __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-template <class Vector>
-inline Vector load(const void* from) {
-    Vector value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-template <class Vector>
-inline void store(void* to, Vector value) {
-    std::memcpy(to, &value, sizeof value);
-}
-
-inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
 inline Floats floats(Ints value) { return __builtin_convertvector(value, Floats); }
 
 #ifdef ELMAN_VNNI
@@ -230,23 +213,12 @@ void row_product(const Matrix& m, long vector, const Rows& a, long row, float* s
     for (int n = 0; n < N; n++) finish(m, vector + n, a.scales[row], uu[n], ul[n] + lu[n], sums + n * LANES);
 }
 
-#ifdef ELMAN_AMX
-// Linux gives a process its tiles when asked for them.
-bool has_tiles() {
-    static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-    return granted;
-}
-
+#ifdef ELMAN_TILE_PRODUCT
 struct Tiles {
     const bool used;
 
-    explicit Tiles(bool wanted) : used(wanted && has_tiles()) {
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shapes;
-        if (used) asm volatile("ldtilecfg %0" ::"m"(shapes));
+    explicit Tiles(bool wanted) : used(wanted && tiles_allowed()) {
+        if (used) TileShapes().load();
     }
     ~Tiles() {
         if (used) _tile_release();
@@ -260,7 +232,7 @@ void tile_product(const Matrix& m, long vector, const Rows& a, long row, long ro
     const int8_t* w = m.planes + vector * m.depth * 2 * LANES;
     const uint8_t *upper = a.upper + row * a.depth, *lower = a.lower + row * a.depth;
     const long further = 16 * a.depth;
-    asm volatile("" ::: "memory");  // the compiler does not know that tiles read and write memory
+    settle_memory();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -289,7 +261,6 @@ void tile_product(const Matrix& m, long vector, const Rows& a, long row, long ro
         _tile_stored(2, products[2], 4 * LANES);
         _tile_stored(3, products[3], 4 * LANES);
     }
-    asm volatile("" ::: "memory");
     for (long i = 0; i < rows; i++) {
         const auto of = [&](long which) { return load<Ints>(products[i / 16 * 2 + which][i % 16]); };
         finish(m, vector, a.scales[row + i], of(0), of(1), sums + i * stride);
@@ -305,7 +276,7 @@ struct Tiles {
 // sums (rows, stride) += a (rows from ``row`` on) · n vectors of m's rows.
 void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Rows& a, long row, long rows,
              float* sums, long stride) {
-#ifdef ELMAN_AMX
+#ifdef ELMAN_TILE_PRODUCT
     if (tiles.used && rows > MOST_ROWS) {
         const auto tile = rows > 16 ? tile_product<true> : tile_product<false>;
         for (long j = 0; j < n; j++) tile(m, vector + j, a, row, rows, sums + j * LANES, stride);
@@ -403,26 +374,6 @@ struct Sampler {
 };
 
 // Threads ----------------------------------------------------------------------------------
-
-struct Barrier {
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> phase{0};
-
-    void wait(int team) {
-        const int now = phase.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
-            arrived.store(0, std::memory_order_relaxed);
-            phase.store(now + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins++) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
-            if (spins > 1000) sched_yield();  // the other may be waiting for this very core
-        }
-    }
-};
 
 // Activations of a layer: h before and after a step, what the textbook's GRU resets, and what goes on.
 struct Activations {

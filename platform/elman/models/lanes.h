@@ -1,10 +1,10 @@
-// Vectors of sixteen floats, in the processor's registers where the compiler may use them (AVX-512 with
-// bfloat16). Elsewhere the same source computes the same with vectors of any width.
+// Functions of sixteen floats, and their bfloat16 and half-precision forms: the processor's own where the
+// compiler may use them (AVX-512 with bfloat16). Elsewhere the same source computes the same.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
 #include <utility>
+
+#include "vectors.h"
 #if defined(__AVX512BF16__) && !defined(ELMAN_PORTABLE)
 #include <immintrin.h>
 #define ELMAN_BF16 1
@@ -12,26 +12,7 @@
 
 namespace {
 
-constexpr long LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t Bits;  // of a bfloat16 or a half
-
-template <class Vector>
-inline Vector load(const void* from) {
-    Vector value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-template <class Vector>
-inline void store(void* to, Vector value) {
-    std::memcpy(to, &value, sizeof value);
-}
-
-inline Floats splat(float value) { return value - Floats{}; }
 
 #ifdef ELMAN_BF16
 inline Floats from_bf16(const Bits* from) {
@@ -78,7 +59,6 @@ inline void to_half(Bits* to, Floats value) {
     const Words nearest = (magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     store(to, __builtin_convertvector(nearest | ((bits >> 16) & 0x8000), Halves));
 }
-inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
 inline Floats clamp(Floats value, float bound) {
     value = select(value > bound, splat(bound), value);
     return select(value < -bound, splat(-bound), value);

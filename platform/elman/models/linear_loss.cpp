@@ -313,7 +313,7 @@ void backward(const Sizes& s, Barrier& barrier) {
 
 extern "C" {
 
-int elman_has_tiles() { return tiles_allowed(); }
+int elman_has_tiles() { return has_tile_product(); }
 
 void elman_linear_loss(const Loss* loss, int is_forward) {
     const Sizes sizes(*loss);

@@ -9,10 +9,9 @@
 #include <utility>
 
 #include "lanes.h"
-#if defined(ELMAN_BF16) && defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ELMAN_TILES 1
+#include "tiles.h"
+#if defined(ELMAN_TILES) && defined(ELMAN_BF16) && defined(__AMX_BF16__)
+#define ELMAN_TILE_PRODUCT 1
 #endif
 
 namespace {
@@ -101,29 +100,18 @@ void vector_product(long n, const Bits* a, long a_stride, const Bits* w, long pa
 constexpr long TILE = 16;  // rows of a tile, and pairs in one of its rows
 constexpr long TILES_DEEP = 8;  // at a time: with so many, the rows of A and the weights beside them stay in L1
 
-#ifdef ELMAN_TILES
-// The kernel saves tiles only of processes that have asked for them.
-bool tiles_allowed() {
-    constexpr int request_permission = 0x1023, tile_data = 18;
-    static const bool allowed = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    return allowed;
-}
+#ifdef ELMAN_TILE_PRODUCT
+bool has_tile_product() { return tiles_allowed(); }
 
 thread_local long configured = 0;  // rows of the two tiles of A
 
 void configure(long upper, long lower) {
     if (configured == upper * 100 + lower) return;
     configured = upper * 100 + lower;
-    struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } shape;
-    for (int tile = 0; tile < 8; tile++) {
-        shape.bytes[tile] = 4 * TILE;
-        shape.rows[tile] = tile > 5 ? TILE : tile == 2 || tile == 3 || tile == 5 ? std::max<long>(lower, 1) : upper;
-    }
-    _tile_loadconfig(&shape);
+    TileShapes shapes;
+    shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = upper;
+    shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = std::max<long>(lower, 1);
+    shapes.load();
 }
 
 void release_tiles() {
@@ -136,6 +124,7 @@ template <bool LOWER, bool RIGHT>
 void tiles(const Bits* a, long a_stride, const Bits* w, long w_stride, long depth, float* c, long c_stride) {
     const char* const lower_a = (const char*)a + TILE * a_stride;
     char* const lower_c = (char*)c + TILE * c_stride;
+    settle_memory();
     _tile_loadd(0, c, c_stride);
     if (RIGHT) _tile_loadd(1, c + LANES, c_stride);
     if (LOWER) _tile_loadd(2, lower_c, c_stride);
@@ -180,7 +169,7 @@ void tile_product(long n, const Bits* a, long a_stride, const Bits* w, long pair
     if (done < pairs) vector_product(n, a + 2 * done, a_stride, w + done * 2 * c_stride, pairs - done, c, rows);
 }
 #else
-bool tiles_allowed() { return false; }
+bool has_tile_product() { return false; }
 void release_tiles() {}
 void tile_product(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
     vector_product(n, a, a_stride, w, pairs, c, rows);

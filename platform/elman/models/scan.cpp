@@ -12,15 +12,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace {
 
 // Sixteen lanes, of which the last vector of a row may hold fewer ---------------------------------
 
-constexpr long LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t Bf16;
 
 template <class Vector, class Value>
@@ -46,8 +43,6 @@ inline void store(Bf16* to, Floats value, long count) {  // to the nearest, betw
     const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     copy_out(to, __builtin_convertvector((nearest & is_number) | (0x7fc0 & ~is_number), Halves), count);
 }
-
-inline Floats select(Ints mask, Floats yes, Floats no) { return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
 
 // exp(x) to 2e-7, with x held within ± 80 so that sums of it stay finite; NaN stays. x = n ln 2 + r,
 // and Taylor's polynomial in r, |r| ≤ ln 2 / 2.
