@@ -7,8 +7,7 @@ import pytest
 
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten, override
-from elman.errors import TrackingError
-from elman.tracking.absence import without_password
+from elman.errors import TrackingError, without_password
 from elman.tracking.store import RunStore, StoppedError
 
 

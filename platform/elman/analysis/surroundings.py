@@ -20,12 +20,12 @@ from packaging.specifiers import SpecifierSet
 
 from elman.analysis.finding import Finding, Outcome, check, failure, ok, warning
 from elman.config.schema import TrackingConfig, TrainerConfig
-from elman.errors import TrackingError
+from elman.errors import TrackingError, without_password
 from elman.models import fused
 from elman.models.compiled import build, load_library
 from elman.tasks.hardware import cores, multiplies_bf16, resolve_device, resolve_precision
 from elman.text.prepare import default_cache
-from elman.tracking.absence import in_short, within, without_password
+from elman.tracking.absence import in_short, within
 from elman.tracking.environment import environment
 from elman.tracking.local import local_root
 from elman.tracking.store import RunStore, tracking_uri, warm
@@ -146,7 +146,7 @@ def gpu(trainer: TrainerConfig) -> Outcome:
 @check("compiled kernel")
 def kernel() -> Outcome:
     """Whether the kernel of fused.cpp can be built and loaded here, and if not, why."""
-    if not torch.cpu._is_avx512_bf16_supported():  # as in models/fused.py
+    if not torch.cpu._is_avx512_bf16_supported():  # as in models/compiled.py
         return ok("not for this processor, which lacks AVX512-BF16: torch's kernels serve")
     try:
         library = build(fused.SOURCE)

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 log = logging.getLogger(__name__)
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
@@ -41,6 +43,19 @@ def load_library(source: Path, *, portable: bool = False) -> ctypes.CDLL | None:
         # The same is computed without it, only slower: nothing that a user must act on.
         log.debug("No compiled kernels from %s: %s", source.name, getattr(error, "stderr", None) or error)
         return None
+
+
+@functools.cache
+def load_bf16_library(source: Path) -> ctypes.CDLL | None:
+    """The same, of kernels that pay only where the processor multiplies bfloat16; None elsewhere."""
+    # torch has no public question for this.
+    return load_library(source) if torch.cpu._is_avx512_bf16_supported() else None
+
+
+@functools.cache
+def has_tiles(library: ctypes.CDLL | None) -> bool:
+    """Whether such a library multiplies in the processor's matrix tiles, and this process may use them."""
+    return library is not None and bool(library.elman_has_tiles())
 
 
 def build(source: Path, *, portable: bool = False) -> Path:

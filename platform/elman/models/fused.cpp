@@ -45,7 +45,7 @@ struct Window {
 
 // A sum of outer products over all steps and rows of the batch, as Python describes it.
 struct Outer {
-    int64_t threads, tiles, count, units, hidden, gates;
+    int64_t threads, count, units, hidden, gates;
     const Bits* left;        // (N, left_stride), of which gates P columns count
     int64_t left_stride;
     const Bits* right;       // (N, P)
@@ -535,7 +535,7 @@ void sum_outer_products(const Outer& o, Barrier& barrier) {
                     for (long i = 0; i < LANES; i++) store(a + (gate + i) * DEEP + k, block[i]);
                 }
             for (long panel = 0; panel < panels; panel++)
-                (o.tiles ? tile_product : vector_product)(
+                tile_product(
                     width(panel), a, DEEP, o.packed + 64 * panel * padded_count + n * width(panel) * LANES, deep / 2,
                     c + 64 * panel * tall, tall);
         }

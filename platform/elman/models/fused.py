@@ -11,7 +11,6 @@ N steps × batch.
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.models.compiled import load_library
+from elman.models.compiled import has_tiles, load_bf16_library
 from elman.models.memory import pooled
 
 SOURCE = Path(__file__).with_name("fused.cpp")
@@ -84,7 +83,7 @@ class _Outer(ctypes.Structure):
     """struct Outer of fused.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "tiles", "count", "units", "hidden", "gates")),
+        *((name, ctypes.c_int64) for name in ("threads", "count", "units", "hidden", "gates")),
         ("left", ctypes.c_void_p),
         ("left_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("right", "packed", "sums")),
@@ -250,7 +249,6 @@ def _outer(gates_NG: Tensor, before_NP: Tensor, hidden_size: int) -> Tensor:
     packed = pooled((-(-count // 32) * 32, padded_size), torch.bfloat16)
     outer = _Outer(
         threads=torch.get_num_threads(),
-        tiles=1,
         count=count,
         units=padded_size,
         hidden=hidden_size,
@@ -290,14 +288,9 @@ def _call(
     getattr(library, f"elman_{kind}")(ctypes.byref(window), int(is_forward))
 
 
-@functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    # torch has no public question for this.
-    return load_library(SOURCE) if torch.cpu._is_avx512_bf16_supported() else None
+    return load_bf16_library(SOURCE)
 
 
-@functools.cache
 def _has_tiles() -> bool:
-    """Whether the processor multiplies matrix registers, and this process may use them."""
-    library = _kernels()
-    return library is not None and bool(library.elman_has_tiles())
+    return has_tiles(_kernels())

@@ -63,13 +63,11 @@ def _drop(x: Tensor, p: float, seed: int, turned: bool) -> Tensor:
 
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]] | None:
-    return _load()
+    library = load_library(SOURCE)
+    return None if library is None else _by_type(library)
 
 
-def _load(*, portable: bool = False) -> dict[torch.dtype, Callable[..., None]] | None:
-    library = load_library(SOURCE, portable=portable)
-    if library is None:
-        return None
+def _by_type(library: ctypes.CDLL) -> dict[torch.dtype, Callable[..., None]]:
     kernels: dict[torch.dtype, Callable[..., None]] = {
         torch.float32: library.elman_drop_float,
         torch.bfloat16: library.elman_drop_bfloat16,

@@ -6,14 +6,13 @@ Shape suffixes: N positions of the text, P of them padded for the kernel, H hidd
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elman.models.compiled import load_library
+from elman.models.compiled import has_tiles, load_bf16_library
 from elman.models.memory import pooled
 
 SOURCE = Path(__file__).with_name("linear_loss.cpp")
@@ -177,12 +176,9 @@ def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
     library.elman_linear_loss(ctypes.byref(loss), int(is_forward))
 
 
-def _has_tiles() -> bool:
-    library = _kernels()
-    return library is not None and bool(library.elman_has_tiles())
-
-
-@functools.cache
 def _kernels() -> ctypes.CDLL | None:
-    # torch has no public question for this.
-    return load_library(SOURCE) if torch.cpu._is_avx512_bf16_supported() else None
+    return load_bf16_library(SOURCE)
+
+
+def _has_tiles() -> bool:
+    return has_tiles(_kernels())

@@ -95,7 +95,8 @@ inline uint32_t feature(const Loss& l, long position, long unit) {
 
 // The features for the scores: per panel of positions (pairs of hidden units, positions, 2).
 void pack_by_position(const Sizes& s) {
-    for (long p = Part(s.l.panels, 1).begin; p < Part(s.l.panels, 1).end; p++) {
+    const Part part(s.l.panels, 1);
+    for (long p = part.begin; p < part.end; p++) {
         Bits* to = s.l.packed + s.first(p) * LANES * s.h;
         for (long k = 0; k < s.h; k += 2)
             for (long position = s.first(p) * LANES; position < s.first(p + 1) * LANES; position++, to += 2) {

@@ -45,7 +45,6 @@ def minimal_gates(kind: str, gates_BTG: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(-z_BTH), torch.sigmoid(z_BTH) * positive_BTH
 
 
-
 def linear_recurrence(keep_BTH: Tensor, add_BTH: Tensor, h_BH: Tensor) -> Tensor:
     """h_t = keep_t ⊙ h_{t-1} + add_t, for every step of a window.
 
@@ -116,10 +115,7 @@ class _Window(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "is_bf16")),
         *(
             (name, ctypes.c_void_p)
-            for name in (
-                *("tokens", "gates", "bias", "h", "before"),
-                *("outputs", "d_outputs", "d_gates", "d_bias"),
-            )
+            for name in ("tokens", "gates", "bias", "h", "before", "outputs", "d_outputs", "d_gates", "d_bias")
         ),
     )
 

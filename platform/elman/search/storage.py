@@ -20,8 +20,8 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 
-from elman.errors import TrackingError
-from elman.tracking.absence import first_line, without_password
+from elman.errors import TrackingError, without_password
+from elman.tracking.absence import first_line
 from elman.tracking.local import local_root, refuse_full_disk
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from elman.config.schema import CorpusConfig, ExperimentConfig
 from elman.config.search import SearchConfig
 from elman.config.tree import flatten, override, signature
 from elman.data.datamodule import check_lengths
-from elman.errors import ConfigError, SearchSpaceError, TrackingError
+from elman.errors import ConfigError, SearchSpaceError, TrackingError, without_password
 from elman.models.count import count_parameters
 from elman.search.agents import Agent
 from elman.search.answer import SearchResult, conclude
@@ -34,7 +34,6 @@ from elman.search.tally import ranking, tally
 from elman.tasks.hardware import resolve_device
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.absence import without_password
 from elman.tracking.store import Run, RunStore
 from elman.training.callbacks import StopSignals
 from elman.training.experiment import run_lengths

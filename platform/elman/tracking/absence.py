@@ -13,8 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from elman.errors import TrackingError
-from elman.errors import without_password as without_password
+from elman.errors import TrackingError, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

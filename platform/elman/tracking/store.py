@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 from elman.config.load import dump_yaml
 from elman.config.schema import ExperimentConfig, TrackingConfig, check_store
 from elman.config.tree import flatten, signature
-from elman.errors import TrackingError
+from elman.errors import TrackingError, without_password
 from elman.tracking.absence import (
     Call,
     PatientClient,
@@ -33,7 +33,7 @@ from elman.tracking.absence import (
     first_line,
     in_short,
     is_absence,
-    without_password,
+    within,
 )
 from elman.tracking.local import RunSummary, local_root, local_uri, outbox_root, refuse_full_disk
 from elman.tracking.outbox import Outbox
@@ -154,7 +154,7 @@ class RunStore:
             return
         begun = time.monotonic()
         try:
-            Call(lambda: self.client).result(self._left)
+            within(self._left, lambda: self.client)
         except (StoreAwayError, TimeoutError) as error:
             self.away = error.reason if isinstance(error, StoreAwayError) else str(error)
         self._left = max(LEAST_SECONDS, self._left - (time.monotonic() - begun))

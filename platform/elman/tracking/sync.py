@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from elman.config.schema import TrackingConfig
-from elman.errors import TrackingError
-from elman.tracking.absence import StoreAwayError, without_password
+from elman.errors import TrackingError, without_password
+from elman.tracking.absence import StoreAwayError
 from elman.tracking.local import local_uri, opened, outboxes
 from elman.tracking.outbox import Outbox
 from elman.tracking.sender import Sender

@@ -14,7 +14,7 @@ import torch
 from elman.config.schema import ExperimentConfig, GenerationConfig, TrackingConfig
 from elman.config.tree import flatten
 from elman.data.datamodule import CorpusData, check_lengths
-from elman.errors import ConfigError
+from elman.errors import ConfigError, without_password
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
 from elman.tasks.generation import TextGenerator
@@ -23,7 +23,6 @@ from elman.tasks.language_modeling import LanguageModeling
 from elman.text.prepare import prepare
 from elman.text.prepared import PreparedCorpus, PreparedSplit
 from elman.text.tokenizer import Tokenizer
-from elman.tracking.absence import without_password
 from elman.tracking.environment import SystemMetrics, code_state, environment
 from elman.tracking.logger import RunLogger
 from elman.tracking.plots import loss_curves
@@ -471,7 +470,7 @@ def _record_inputs(run: Run, corpus: PreparedCorpus) -> None:
     run.log_json("environment.json", environment())
     _, diff = code_state()
     if diff:
-        run.log_text("git.diff", without_password(diff))
+        run.log_text("git.diff", diff)
     run.log_dataset(
         name=corpus.name, digest=corpus.digest, source=corpus.source,
         splits={name: _sizes(split) for name, split in corpus.splits.items()},

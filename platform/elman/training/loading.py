@@ -24,14 +24,13 @@ from safetensors import SafetensorError
 from elman.config.load import from_flat
 from elman.config.schema import ExperimentConfig, TrackingConfig
 from elman.config.tree import flatten
-from elman.errors import ElmanError, ModelError, TrackingError
+from elman.errors import ElmanError, ModelError, TrackingError, without_password
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel
 from elman.tasks.pyfunc import load_files
 from elman.text.prepared import PreparedCorpus
 from elman.text.spelling import SpellingModel
 from elman.text.tokenizer import Tokenizer
-from elman.tracking.absence import without_password
 from elman.tracking.models import download_model
 from elman.tracking.store import RunStore, open_to_read
 

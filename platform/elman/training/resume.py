@@ -22,10 +22,9 @@ import torch
 from elman.config.load import from_flat, load_config, read_settings
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import flatten, override, signature
-from elman.errors import ConfigError, DataError, ModelError, TrackingError
+from elman.errors import ConfigError, DataError, ModelError, TrackingError, without_password
 from elman.models.language_model import LanguageModel
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.absence import without_password
 from elman.tracking.local import RunSummary, find_local, local_file, local_runs, outbox_root
 from elman.tracking.store import RunStore
 from elman.training.checkpoint import BEST, LAST, STATE, States, write_whole
