@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elman.config.schema import TrackingConfig
-from support import Refuse, files, make_text
+from support import Refuse, files, make_text, put_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,8 +44,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with an empty local store."""
     folder = tmp_path / "work"
-    (folder / "mlruns").mkdir(parents=True)
-    shutil.copy(empty_database, folder / "mlruns" / "mlflow.db")
+    put_store(folder, empty_database)
     monkeypatch.chdir(folder)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Path.touch, (self.canary,)
+
+
+def put_store(folder: Path, database: Path) -> None:
+    """Give a folder, which may not exist, a local store: a copy of an MLflow database."""
+    (folder / "mlruns").mkdir(parents=True)
+    shutil.copy(database, folder / "mlruns" / "mlflow.db")
 
 
 def make_text(words: int, seed: int = 0) -> str:

@@ -16,7 +16,7 @@ from elman.cli import main
 from elman.config.tree import override
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
-from support import Refuse, files, make_text, small_disk_at, tiny
+from support import Refuse, files, make_text, put_store, small_disk_at, tiny
 
 COMMANDS = {
     "train": ("train", "--config", "c.yaml"), "search": ("search", "--config", "s.yaml"),
@@ -118,8 +118,7 @@ def test_a_text_that_is_given_as_a_journal_stays_whole(tmp_path: Path, refuse: R
 def runs(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, str, Path]:
     """A folder with a store, the id of a stopped run in it, and its newest state."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "mlruns").mkdir()
-    shutil.copy(empty_database, folder / "mlruns" / "mlflow.db")
+    put_store(folder, empty_database)
     (folder / "text.txt").write_text(make_text(1500))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

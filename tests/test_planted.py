@@ -24,7 +24,7 @@ from elman.tracking import environment
 from elman.tracking.environment import without_secrets
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
-from support import Payload, Refuse, files, make_text, tiny
+from support import Payload, Refuse, files, make_text, put_store, tiny
 
 CANARY = "s3cr3t-canary"
 SHORT = ("--trainer.max_steps", "2", "--trainer.max_epochs", "null", "--data.batch_size", "8",
@@ -35,8 +35,7 @@ SHORT = ("--trainer.max_steps", "2", "--trainer.max_epochs", "null", "--data.bat
 def trained(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, str]:
     """A folder with a store, and the id of a run in it."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "mlruns").mkdir()
-    shutil.copy(empty_database, folder / "mlruns" / "mlflow.db")
+    put_store(folder, empty_database)
     (folder / "text.txt").write_text(make_text(1500))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

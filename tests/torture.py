@@ -272,12 +272,11 @@ class Bench:
 
     def place(self) -> Path:
         """A new working directory with an empty store."""
-        import shutil
+        from support import put_store
 
         self._count += 1
         work = self.folder / f"work-{self._count}"
-        (work / "mlruns").mkdir(parents=True)
-        shutil.copy(self._database, work / "mlruns" / "mlflow.db")
+        put_store(work, self._database)
         return work
 
     def run(self, work: Path, case: str | dict[str, Any], **job: Any) -> int:

@@ -10,25 +10,11 @@ from elman.config.schema import MINIMAL_CELLS, ModelConfig
 from elman.errors import ConfigError
 from elman.models.cells import CELLS, CellWeights, unroll
 from elman.models.recurrent import RecurrentLayer
+from kernel_support import random_layer, weights_of
 
 B, T, I, H = 3, 5, 4, 6  # noqa: E741
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3, "mingru": 2, "minlstm": 3}
 WITH_RECURRENT_WEIGHTS = [kind for kind in CELLS if kind not in MINIMAL_CELLS]
-
-
-def layer_of(kind: str, **settings: object) -> RecurrentLayer:
-    torch.manual_seed(0)
-    cell, _, nonlinearity = kind.partition("_") if kind.startswith("rnn") else (kind, "", "tanh")
-    layer = RecurrentLayer(ModelConfig(cell=cell, nonlinearity=nonlinearity, **settings), I, H).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-    return layer
-
-
-def weights_of(layer: RecurrentLayer) -> CellWeights:
-    holder = layer.weights
-    return CellWeights(holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0)
 
 
 def inputs_of(kind: str) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -39,7 +25,7 @@ def inputs_of(kind: str) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_kernel_equals_written_out_cell_forward_and_in_every_gradient(kind: str) -> None:
-    layer = layer_of(kind)
+    layer = random_layer(kind, I, H)
     weights = weights_of(layer)
     leaves = [weight for weight in weights if weight.requires_grad]
     x_BTI, state = inputs_of(kind)
@@ -61,7 +47,7 @@ def test_kernel_equals_written_out_cell_forward_and_in_every_gradient(kind: str)
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_single_step_kernel_equals_written_out_cell(kind: str) -> None:
-    layer = layer_of(kind)
+    layer = random_layer(kind, I, H)
     x_BTI, state = inputs_of(kind)
     with torch.no_grad():
         found_BTH, found_state = layer(x_BTI[:, :1], state)
@@ -126,7 +112,7 @@ def test_weight_dropout_of_a_cell_without_recurrent_weights_is_refused_in_one_li
 
 @pytest.mark.parametrize("kind", WITH_RECURRENT_WEIGHTS)
 def test_weight_dropout_draws_one_mask_for_the_window_and_reaches_the_raw_weight(kind: str) -> None:
-    layer = layer_of(kind, weight_dropout=0.5)
+    layer = random_layer(kind, I, H, weight_dropout=0.5)
     x_BTI, state = inputs_of(kind)
     torch.manual_seed(3)
     found_BTH, _ = layer(x_BTI, state)
@@ -143,7 +129,7 @@ def test_weight_dropout_draws_one_mask_for_the_window_and_reaches_the_raw_weight
 
 @pytest.mark.parametrize("kind", WITH_RECURRENT_WEIGHTS)
 def test_weight_dropout_leaves_evaluation_alone(kind: str) -> None:
-    layer = layer_of(kind, weight_dropout=0.5).eval()
+    layer = random_layer(kind, I, H, weight_dropout=0.5).eval()
     x_BTI, state = inputs_of(kind)
     expected_BTH, _ = unroll(CELLS[kind], x_BTI, state, weights_of(layer))
     torch.testing.assert_close(layer(x_BTI, state)[0], expected_BTH, rtol=0, atol=1e-10)
@@ -177,7 +163,7 @@ def test_recurrent_blocks_start_orthogonal(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_bf16_autocast_runs_with_gradients_and_a_carry(kind: str) -> None:
-    layer = layer_of(kind).float()
+    layer = random_layer(kind, I, H).float()
     x_BTI = torch.randn(B, T, I)
     with torch.autocast("cpu", torch.bfloat16):
         out_BTH, state = layer(x_BTI, tuple(part.expand(B, H) for part in layer.initial_state()))

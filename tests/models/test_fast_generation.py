@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from elman.config.schema import GenerationConfig, ModelConfig
-from elman.models import compiled, fast_generation, sampling
+from elman.models import fast_generation, sampling
 from elman.models.fast_generation import STAGES, FastGenerator, is_fast
 from elman.models.language_model import LanguageModel
 from elman.models.sampling import filtered_probabilities, generate
 from elman.models.state import expand
+from kernel_support import BUILDS, library_of
 
-HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
 PROMPT = [3, 1, 4, 1, 5]
 V = 23
 CELLS: dict[str, dict[str, Any]] = {
@@ -53,13 +52,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["native", "portable"], autouse=True)
+@pytest.fixture(params=BUILDS, autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel in both of its builds."""
-    if not HAS_COMPILER:
-        pytest.skip("no C++ compiler is installed")
-    kernel = compiled.load_library(fast_generation.SOURCE, portable=request.param == "portable")
-    assert kernel is not None
+    kernel = library_of(fast_generation.SOURCE, request.param)
     monkeypatch.setattr(fast_generation, "_kernel", lambda: kernel)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,32 +9,22 @@ import torch
 from torch import Tensor
 
 from elman.config.schema import ModelConfig
-from elman.models import compiled, fused
+from elman.models import fused
 from elman.models.cells import CELLS, CellWeights, unroll
 from elman.models.fused import LAYOUTS, Rows, fused_window
 from elman.models.language_model import LanguageModel
 from elman.models.recurrent import RecurrentLayer
+from kernel_support import PRODUCTS, use_product
 
-HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
-HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
 SHAPES = [(1, 1, 5), (3, 2, 33), (64, 17, 512), (100, 3, 70), (5, 4, 16), (20, 3, 400)]
 I, V = 12, 7  # noqa: E741
 every_kind = pytest.mark.parametrize("kind", LAYOUTS)
 
 
-@pytest.fixture(params=["tiles", "vectors", "portable"], autouse=True)
+@pytest.fixture(params=PRODUCTS, autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel with each kind of product that it has."""
-    if not HAS_COMPILER:
-        pytest.skip("no C++ compiler is installed")
-    if request.param != "portable" and not HAS_BF16:
-        pytest.skip("the processor has no AVX512-BF16")
-    kernels = compiled.load_library(fused.SOURCE, portable=request.param == "portable")
-    assert kernels is not None
-    if request.param == "tiles" and not kernels.elman_has_tiles():
-        pytest.skip("the processor has no matrix tiles")
-    monkeypatch.setattr(fused, "_kernels", lambda: kernels)
-    monkeypatch.setattr(fused, "_has_tiles", lambda: request.param == "tiles")
+    use_product(monkeypatch, fused, request.param)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from elman.models import compiled, fused_dropout
+from elman.models import fused_dropout
 from elman.models.fused_dropout import dropout
+from kernel_support import BUILDS, library_of
 
 P = 0.3
 SIZE = fused_dropout.FEWEST
 
 
-@pytest.fixture(params=["native", "portable"], autouse=True)
+@pytest.fixture(params=BUILDS, autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel in both of its builds."""
-    if not any(map(shutil.which, compiled.COMPILERS)):
-        pytest.skip("no C++ compiler is installed")
-    made = fused_dropout._load(portable=request.param == "portable")
-    assert made is not None
+    made = fused_dropout._by_type(library_of(fused_dropout.SOURCE, request.param))
     monkeypatch.setattr(fused_dropout, "_kernels", lambda: made)
     threads = torch.get_num_threads()
     yield

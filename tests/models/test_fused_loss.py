@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,28 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elman.models import compiled, fused_loss, softmax
+from elman.models import fused_loss, softmax
 from elman.models.softmax import linear_loss, linear_scores
+from kernel_support import PRODUCTS, use_product
 
-HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
-HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
 SHAPES = [(1, 5, 3), (7, 11, 6), (16, 33, 32), (70, 500, 100), (130, 97, 40), (64, 192, 64)]
 """Positions, tokens, hidden units."""
 
 
-@pytest.fixture(params=["tiles", "vectors", "portable"], autouse=True)
+@pytest.fixture(params=PRODUCTS, autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel with each kind of product that it has."""
-    if not HAS_COMPILER:
-        pytest.skip("no C++ compiler is installed")
-    if request.param != "portable" and not HAS_BF16:
-        pytest.skip("the processor has no AVX512-BF16")
-    kernels = compiled.load_library(fused_loss.SOURCE, portable=request.param == "portable")
-    assert kernels is not None
-    if request.param == "tiles" and not kernels.elman_has_tiles():
-        pytest.skip("the processor has no matrix tiles")
-    monkeypatch.setattr(fused_loss, "_kernels", lambda: kernels)
-    monkeypatch.setattr(fused_loss, "_has_tiles", lambda: request.param == "tiles")
+    use_product(monkeypatch, fused_loss, request.param)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from elman.config.schema import ModelConfig
-from elman.models import compiled, scan
-from elman.models.cells import CELLS, CellWeights, unroll
+from elman.models import scan
+from elman.models.cells import CELLS, unroll
 from elman.models.fused import Rows
-from elman.models.recurrent import RecurrentLayer
 from elman.models.scan import GATES, is_scanned, linear_recurrence, minimal_gates, scanned_window
+from kernel_support import BUILDS, library_of, random_layer, weights_of
 
-HAS_COMPILER = any(map(shutil.which, compiled.COMPILERS))
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 100, 4096]
 I, V = 12, 7  # noqa: E741
 every_kind = pytest.mark.parametrize("kind", GATES)
@@ -61,7 +58,7 @@ def test_scan_passes_gradcheck(length: int) -> None:
 @every_kind
 @pytest.mark.parametrize("length", [1, 3, 17, 4096])
 def test_layer_equals_the_written_out_cell_at_any_length_and_in_windows(kind: str, length: int) -> None:
-    layer, x_BTI, state = layer_of(kind, 5), torch.randn(2, length, I).double(), (torch.randn(2, 5).double(),)
+    layer, x_BTI, state = random_layer(kind, I, 5), torch.randn(2, length, I).double(), (torch.randn(2, 5).double(),)
     expected_BTH, expected_state = unroll(CELLS[kind], x_BTI, state, weights_of(layer))
     parts = []
     for window_BTI in x_BTI.split(-(-length // 2), dim=1):
@@ -69,20 +66,6 @@ def test_layer_equals_the_written_out_cell_at_any_length_and_in_windows(kind: st
         parts.append(part_BTH)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected_BTH, rtol=0, atol=1e-10)
     torch.testing.assert_close(state, expected_state, rtol=0, atol=1e-10)
-
-
-def layer_of(kind: str, hidden_size: int) -> RecurrentLayer:
-    torch.manual_seed(0)
-    layer = RecurrentLayer(ModelConfig(cell=kind), I, hidden_size).double()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-    return layer
-
-
-def weights_of(layer: RecurrentLayer) -> CellWeights:
-    holder = layer.weights
-    return CellWeights(holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0)
 
 
 EXTREMES = (-200.0, -40.0, -10.0, 0.0, 10.0, 40.0, 200.0)
@@ -114,13 +97,10 @@ def test_gates_at_their_ends_stay_near_double_precision_over_4096_steps(kind: st
 # Compiled -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["native", "portable"])
+@pytest.fixture(params=BUILDS)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel in both of its builds."""
-    if not HAS_COMPILER:
-        pytest.skip("no C++ compiler is installed")
-    kernels = compiled.load_library(scan.SOURCE, portable=request.param == "portable")
-    assert kernels is not None
+    kernels = library_of(scan.SOURCE, request.param)
     monkeypatch.setattr(scan, "_kernels", lambda: kernels)
     threads = torch.get_num_threads()
     yield
@@ -132,7 +112,7 @@ class Case:
 
     def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: bool) -> None:
         self.kind = kind
-        self.layer = layer_of(kind, hidden_size).float()
+        self.layer = random_layer(kind, I, hidden_size).float()
         with torch.no_grad():  # the slope of g jumps at 0, where rounding decides: candidates stay on either side
             for parameter in self.layer.weights.parameters():
                 parameter *= 0.5
@@ -153,7 +133,7 @@ class Case:
 
     def expected(self) -> list[Tensor]:
         """The same in torch and double precision."""
-        layer = layer_of(self.kind, self.layer.hidden_size)
+        layer = random_layer(self.kind, I, self.layer.hidden_size)
         layer.load_state_dict(self.layer.state_dict())
         given, h_BH = (leaf.detach().double().requires_grad_() for leaf in (self.given, self.h_BH))
         out_BTH, (last_BH,) = layer(given if self.index is None else given[self.index], (h_BH,))
@@ -225,7 +205,7 @@ def test_gates_at_their_ends_are_near_double_precision_in_the_kernel_and_nan_sta
 
 @pytest.mark.usefixtures("library")
 def test_a_second_backward_is_refused_for_the_first_has_overwritten_what_it_needs() -> None:
-    layer = layer_of("mingru", 4).float()
+    layer = random_layer("mingru", I, 4).float()
     out_BTH, _ = layer(torch.randn(2, 3, I), (torch.zeros(2, 4),))
     out_BTH.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="goes backward once"):
@@ -244,7 +224,7 @@ def test_a_row_that_is_not_there_is_refused() -> None:
 @every_kind
 def test_without_a_compiler_a_layer_computes_the_same_in_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "_kernels", lambda: None)
-    layer = layer_of(kind, 6).float()
+    layer = random_layer(kind, I, 6).float()
     assert not is_scanned(kind, layer.weights.weight_ih_l0)
     rows_VI, index_BT, state = torch.randn(V, I), torch.randint(V, (2, 9)), (torch.randn(2, 6),)
     out_BTH, (last_BH,) = layer(Rows(rows_VI, index_BT), state)
