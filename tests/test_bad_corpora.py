@@ -282,9 +282,19 @@ def test_nothing_of_a_refused_corpus_stays_in_the_cache(
     tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ELMAN_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "t.txt").write_bytes(MARKED)
-    main(["corpus", str(tmp_path / "t.txt")])
-    assert [path for path in files(tmp_path / "cache") if path.suffix != ".lock"] == []
+    text = tmp_path / "t.txt"
+    for content in (MARKED, b" \n" * 900, b"a" * 9000, GOOD.encode() + b"\0"):
+        text.write_bytes(content)
+        refuse("corpus", str(text), names=("t.txt",))
+    assert files(tmp_path / "cache") == {}
+    text.write_text(GOOD)
+    short = ("train", "--corpus.name", str(text), "--data.batch_size", "9999")
+    refuse(*short, names=("data.batch_size", "9999"))
+    assert files(tmp_path / "cache") == {}
+    prepare(CorpusConfig(name=str(text)))
+    kept = files(tmp_path / "cache")
+    refuse(*short, names=("data.batch_size", "9999"))
+    assert files(tmp_path / "cache") == kept != {}  # it is of use to other settings
 
 
 def test_a_text_without_white_space_has_no_words_and_is_refused_before_it_fills_the_memory(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_failure_in_the_middle_leaves_nothing(config, tmp_path, monkeypatch) -
     monkeypatch.setattr(preparing, "encode_stream", fail)
     with pytest.raises(DataError, match=r"No space left on device\. Set ELMAN_CACHE"):
         prepare(config, tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache" / "corpora").iterdir() if path.suffix != ".lock"]
+    assert not list((tmp_path / "cache" / "corpora").iterdir())
 
 
 def test_the_entry_says_what_it_is(config, tmp_path) -> None:
@@ -162,3 +163,25 @@ def test_a_cache_that_cannot_be_written_names_its_setting(config, tmp_path) -> N
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"file/corpora: the cache cannot be written: .* Set ELMAN_CACHE"):
         prepare(config, tmp_path / "file")
+
+
+def test_a_lock_that_is_removed_while_others_wait_for_it_still_lets_one_in_at_a_time(tmp_path) -> None:
+    within: list[int] = []
+    most = 0
+
+    def enter(number: int) -> None:
+        nonlocal most
+        for _ in range(40):
+            with preparing._locked(tmp_path / "entry", None):
+                within.append(number)
+                most = max(most, len(within))
+                time.sleep(0)
+                within.remove(number)
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert not list(tmp_path.iterdir())

@@ -32,6 +32,7 @@ from elman.text.tokenizer import Tokenizer
 Progress = Callable[[str, float], None]
 Vocabulary = tuple[Tokenizer, SpellingModel | None]
 """A tokenizer, and what the symbols that it lacks cost to spell."""
+Check = Callable[[PreparedCorpus], None]
 
 _FORMAT = 2
 _COUNTS = ("tokens", "characters", "bytes", "unknown_tokens", "unknown_types", "unknown_bits")
@@ -49,6 +50,7 @@ def prepare(
     cache: Path | None = None,
     progress: Progress | None = None,
     vocabulary: Vocabulary | None = None,
+    check: Check | None = None,
 ) -> PreparedCorpus:
     """Tokens of a corpus, from the cache or made now.
 
@@ -57,6 +59,7 @@ def prepare(
         cache: Directory of the cache; None takes ``default_cache()``.
         progress: Told the stage and how much of it is done, from 0 to 1.
         vocabulary: A trained model's, to score it on this text; None learns one from the training split.
+        check: Raises an ElmanError where the tokens are of no use; then what was made for this call is not kept.
 
     Raises:
         DataError: If the corpus cannot be used as it is, or the cache cannot be written.
@@ -71,14 +74,17 @@ def prepare(
             _remove_leftovers(folder)
             with _locked(target, progress):
                 if not _is_whole(target):
-                    _make(target, config, corpus, progress, vocabulary)
+                    _make(target, config, corpus, progress, vocabulary, check)
         except OSError as error:
             place, why = str(error.filename or folder), error.strerror or error
             setting = "ELMAN_CACHE" if place.startswith(str(folder.parent)) else "HF_HOME"  # `datasets` keeps its own
             raise DataError(
                 f"{place}: the cache cannot be written: {why}. Set {setting} to a directory with room."
             ) from error
-    return _load(target, corpus, config)
+    prepared = _load(target, corpus, config)
+    if check is not None:
+        check(prepared)
+    return prepared
 
 
 def _key(config: CorpusConfig, corpus: Corpus, vocabulary: Vocabulary | None) -> str:
@@ -103,32 +109,52 @@ def _is_whole(target: Path) -> bool:
 
 
 @contextmanager
-def _locked(target: Path, progress: Progress | None) -> Iterator[None]:
-    """Hold the lock of one prepared corpus; the file stays, since removing it would race."""
-    with target.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                progress("waiting for another process that prepares this corpus", 0.0)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(target: Path, progress: Progress | None, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of one prepared corpus; tells whether it is held, which it is not only where nobody waits.
+
+    Its file goes with it. Who waited for it holds a file that is gone, and begins again.
+    """
+    path = target.with_suffix(".lock")
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                if progress:
+                    progress("waiting for another process that prepares this corpus", 0.0)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _stands_at(path, lock.fileno()):
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _stands_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one of that name still."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what dead processes left: a living one holds the lock of what it makes."""
     for leftover in folder.glob("*.tmp"):
-        with leftover.with_suffix(".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(leftover, ignore_errors=True)
+        with _locked(leftover, None, wait=False) as held:
+            if held:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make(
-    target: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None, vocabulary: Vocabulary | None
-) -> None:
+    target: Path, config: CorpusConfig, corpus: Corpus, progress: Progress | None, vocabulary: Vocabulary | None,
+    check: Check | None,
+) -> None:  # fmt: skip
     making = target.with_suffix(".tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
@@ -137,6 +163,8 @@ def _make(
         facts["files"] = {path.name: path.stat().st_size for path in sorted(making.iterdir())}
         _write_text(making / "corpus.json", json.dumps(facts, indent=1, ensure_ascii=False))
         _sync(making)
+        if check is not None:
+            check(_load(making, corpus, config))
         shutil.rmtree(target, ignore_errors=True)  # it is damaged, or we would not be here
         making.rename(target)
         _sync(target.parent)
@@ -163,8 +191,8 @@ def _write(
             splits[name] = _write_split(folder, name, stream, tokenizer, spelling, advance, corpus.rows_are_lines)
         if not splits[name].tokens:
             raise _empty(name, config, splits)
-        if name == "train":
-            _refuse_monotony(folder / "train.bin", tokenizer, config)
+        if name != "test":  # a streamed training split cannot be looked at, but its validation split can
+            _refuse_monotony(folder, name, tokenizer, config)
     shared = {} if corpus.rows_are_lines else _shared(splits)
     return {
         "format": _FORMAT,
@@ -192,12 +220,13 @@ def _write_split(folder: Path, name: str, stream: Stream, tokenizer: Tokenizer, 
     return text
 
 
-def _refuse_monotony(path: Path, tokenizer: Tokenizer, config: CorpusConfig) -> None:
+def _refuse_monotony(folder: Path, split: str, tokenizer: Tokenizer, config: CorpusConfig) -> None:
     """A text of one symbol, repeated, has nothing to predict, and every model of it is perfect."""
-    tokens = np.memmap(path, dtype=tokenizer.dtype, mode="r")
+    tokens = np.memmap(folder / f"{split}.bin", dtype=tokenizer.dtype, mode="r")
     if not any((tokens[place : place + 2**20] != tokens[0]).any() for place in range(0, len(tokens), 2**20)):
         symbol = tokenizer.symbols[int(tokens[0])]
-        raise DataError(f"{config.name}: the training split is nothing but {symbol!r}, repeated: use another text.")
+        name = {"train": "training"}.get(split, split)
+        raise DataError(f"{config.name}: the {name} split is nothing but {symbol!r}, repeated: use another text.")
 
 
 def _empty(name: str, config: CorpusConfig, splits: dict[str, EncodedText]) -> DataError:

@@ -150,8 +150,7 @@ def run_experiment(
     set_threads(config.trainer.threads)
     device = resolve_device(config.trainer.device)
     precision = resolve_precision(config.trainer.precision, device)
-    corpus = prepare(config.corpus, progress=reporter.stage)
-    check_lengths(corpus, config.data)
+    corpus = prepare(config.corpus, progress=reporter.stage, check=lambda made: check_lengths(made, config.data))
     model = build_language_model(config, corpus.tokenizer)
     unknown = corpus.tokenizer.unknown_symbols(config.trainer.sample_prompt)
     if unknown:
