@@ -357,3 +357,23 @@ def test_the_environment_of_a_process_is_not_what_environment_json_holds(monkeyp
     monkeypatch.setenv("HF_TOKEN", CANARY)
     assert CANARY not in json.dumps(environment.environment())
     assert os.environ["HF_TOKEN"] == CANARY
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_of_a_text_reach_files_but_no_terminal(
+    terminal: bool, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model learns them, so that what it generates could move the cursor or name the window."""
+    (workplace / "text.txt").write_text("one\ttwo\x1b]0;owned\x07three\x9b2Jfour\r\n" * 200)
+    run_id = run_experiment(tiny(workplace / "text.txt", trainer__max_steps=1), RunStore()).run_id
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    capsys.readouterr()
+    for command in (
+        ("corpus", "text.txt"),
+        *(("generate", run_id, "--length", "99", *way) for way in ((), ("--samples", "2"), ("--beams", "2"))),
+    ):
+        assert main([*command]) == 0
+    told = capsys.readouterr().out
+    assert any(sign in told for sign in "\x1b\x07\x9b\r") is not terminal
+    assert any(sign in told for sign in "␛␇\ufffd") is terminal
+    assert "\n" in told

@@ -302,16 +302,16 @@ def generate(arguments: Sequence[str]) -> int:
         _print_json({"prompt": prompt, "samples": texts, "log_probabilities": scores})
     elif config.beams > 1:
         for text, score in generator.beams(prompt, config, values["on-unknown"]):
-            print(f"── log-probability {score:.4f} nats ──\n{prompt}{text}")
+            print(f"── log-probability {score:.4f} nats ──\n{_harmless(prompt + text)}")
     elif config.samples > 1:
         for index, text in enumerate(generator.complete(prompt, config, values["on-unknown"]), 1):
-            print(f"── sample {index} ──\n{prompt}{text}")
+            print(f"── sample {index} ──\n{_harmless(prompt + text)}")
     else:
         pieces = generator.stream(prompt, config, values["on-unknown"])
         first = next(pieces)  # a prompt that is refused leaves standard output empty
-        print(prompt + first[0], end="", flush=True)
+        print(_harmless(prompt + first[0]), end="", flush=True)
         for [piece] in pieces:
-            print(piece, end="", flush=True)
+            print(_harmless(piece), end="", flush=True)
         print()
     return 0
 
@@ -624,7 +624,7 @@ def corpus(arguments: Sequence[str]) -> int:
     if values["json"]:
         _print_json(facts)
     else:
-        print(_describe(facts))
+        print(_harmless(_describe(facts)))
     return 0
 
 
@@ -651,6 +651,17 @@ def _describe(facts: Mapping[str, Any]) -> str:
         facts["sample"],
     ]
     return "\n".join(lines)
+
+
+# C0 controls but for the two of plain text have pictures; C1 controls have none.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def _harmless(text: str) -> str:
+    """A text as a terminal may have it: a model learns the control characters of its corpus, and one that moves the
+    cursor or names the window is shown as a picture. Files and pipes get the text itself."""
+    return text.translate(_PICTURES) if sys.stdout.isatty() else text
 
 
 def _visible(token: str) -> str:
