@@ -413,7 +413,8 @@ def runs(arguments: Sequence[str]) -> int:
 
         count = stranded()
         if count:
-            print(f"\n{count} runs have records that wait for their store: `elman sync` delivers them.")
+            runs_have = "1 run has" if count == 1 else f"{count} runs have"
+            print(f"\n{runs_have} records that wait for their store: `elman sync` delivers them.")
     return 0
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +359,47 @@ def test_the_first_value_of_a_metric_at_a_step_stands_and_survives_a_kill(tmp_pa
     assert box.records(9)[0].content == "blue"
     assert box.close(ended=True) == 0
     assert (tmp_path / "box").exists()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _scribble(path: Path) -> None:
+    """On the pages of the middle."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(range(256)) * 32 + data[len(data) // 2 + 256 * 32 :])
+
+
+def _replace(path: Path) -> None:
+    path.write_bytes(b"no database" * 900)
+
+
+@pytest.mark.parametrize(("damage", "least"), [(_cut, 0), (_scribble, 50), (_replace, 0)])
+def test_a_damaged_outbox_is_set_aside_with_a_warning_and_what_can_be_read_is_kept(
+    tmp_path: Path, damage: Callable[[Path], None], least: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = Outbox(tmp_path / "box")
+    box.set_fact("run", "0123")
+    for step in range(1000):
+        box.add({"train/loss": step / 7}, step)
+    box.close(ended=False)
+    damage(tmp_path / "box" / "outbox.db")
+    damaged = (tmp_path / "box" / "outbox.db").read_bytes()
+    caplog.clear()
+    box = Outbox(tmp_path / "box")
+    [message] = caplog.messages
+    assert "is damaged" in message
+    assert (tmp_path / "box" / "damaged-1-outbox.db").read_bytes() == damaged
+    kept = box.history("train/loss")
+    assert least <= len(kept) < 1000
+    assert all(value == step / 7 for step, value in kept)
+    box.add({"train/loss": 1.0}, 1000)
+    assert box.history("train/loss") == [*kept, (1000, 1.0)]
+    box.close(ended=False)
+    caplog.clear()
+    Outbox(tmp_path / "box").close(ended=False)
+    assert caplog.messages == []
 
 
 @pytest.fixture

@@ -181,8 +181,19 @@ def test_a_damaged_state_is_passed_over_and_with_every_one_damaged_nothing_begin
     error = capsys.readouterr().err.splitlines()
     assert [line for line in error if line.startswith("elman:")] == error[-1:]
     assert all(str(state / "state.ckpt") in error[-1] for state in three)
+    for state in three:
+        shutil.rmtree(state)
+    assert main(["train", "--resume", str(torture.begun_run(work))]) == 1
+    assert "every checkpoint" in (error := capsys.readouterr().err.splitlines())[-1]
+    assert str(three[0].parent) in error[-1]
     assert torture.status_of(work) == "RUNNING"
     assert len(states(saved)) == 3
+
+
+def test_a_pipe_where_a_state_should_be_is_damage_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  state.ckpt\n")
+    os.mkfifo(tmp_path / "state.ckpt")
+    assert not is_sound(tmp_path)
 
 
 def _move_artifacts(old: Path, new: Path) -> None:

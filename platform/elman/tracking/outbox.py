@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ CREATE INDEX IF NOT EXISTS waiting_records ON records (number) WHERE state = 0;
 """
 WAITS, DELIVERED, REFUSED = 0, 1, 2
 
+DATABASE = "outbox.db"
+
 
 class Row(NamedTuple):
     """A metric's value at a step; ``timestamp`` is in milliseconds since 1970."""
@@ -77,7 +80,8 @@ class Record(NamedTuple):
 class Outbox:
     """A run's outbox, opened; made where there is none.
 
-    Where the disk is full it goes on in memory, says so once, and returns to the disk when it can.
+    Where the disk is full it goes on in memory, says so once, and returns to the disk when it can. A damaged
+    database is set aside, and what can be read of it taken over.
 
     Args:
         folder: The run's.
@@ -110,15 +114,30 @@ class Outbox:
         self._writer.start()
 
     def _open(self, patience: float) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self.folder / "outbox.db", timeout=patience, check_same_thread=False, isolation_level=None
-        )
+        try:
+            return self._connect(patience)
+        except sqlite3.OperationalError:  # locked, or the disk is full
+            raise
+        except sqlite3.DatabaseError as error:
+            aside = _set_aside(self.folder)
+            db = self._connect(patience)
+            log.warning(
+                "warning: %s is damaged (%s): set aside as %s; %d records could be read, what else waited is lost.",
+                self.folder / DATABASE, error, aside.name, _rescue(aside, db),
+            )  # fmt: skip
+            return db
+
+    def _connect(self, patience: float) -> sqlite3.Connection:
+        db = sqlite3.connect(self.folder / DATABASE, timeout=patience, check_same_thread=False, isolation_level=None)
         try:
             # The lock is held until the end, which also spares a file shared between processes.
             db.execute("PRAGMA locking_mode = EXCLUSIVE")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             db.executescript(SCHEMA)
+            [verdict] = db.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(" ".join(verdict.split()))
         except BaseException:
             db.close()
             raise
@@ -387,3 +406,23 @@ def _storable(value: float) -> float:
     value = float(value)
     # MLflow's databases hold no infinity of their own.
     return value if math.isfinite(value) or math.isnan(value) else math.copysign(LARGEST_FLOAT, value)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged database and what belongs to it; returns its new path."""
+    number = len(list(folder.glob(f"damaged-*-{DATABASE}"))) + 1
+    for end in ("-wal", "-shm", ""):
+        part = folder / (DATABASE + end)
+        if part.exists():
+            part.rename(folder / f"damaged-{number}-{part.name}")
+    return folder / f"damaged-{number}-{DATABASE}"
+
+
+def _rescue(damaged: Path, db: sqlite3.Connection) -> int:
+    """Take over the rows of a damaged database that can be read; returns how many."""
+    taken = 0
+    for table in ("facts", "metrics", "records"):
+        with closing(sqlite3.connect(damaged)) as source, suppress(sqlite3.DatabaseError):
+            for row in source.execute(f"SELECT * FROM {table}"):
+                taken += db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row).rowcount
+    return taken

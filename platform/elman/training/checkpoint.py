@@ -273,6 +273,8 @@ def is_sound(path: Path) -> bool:
     """Whether a state is all there, to the bit."""
     try:
         for name, digest in read_sums(path).items():
+            if not (path / name).is_file():  # a pipe or a device would be read for ever
+                return False
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return False

@@ -22,10 +22,10 @@ import torch
 from elman.config.load import from_flat, load_config, read_settings
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import flatten, override, signature
-from elman.errors import ConfigError, DataError, ModelError, TrackingError, without_password
+from elman.errors import ConfigError, DataError, ModelError, TrackingError, UnusableCheckpointsError, without_password
 from elman.models.language_model import LanguageModel
 from elman.text.prepared import PreparedCorpus
-from elman.tracking.local import RunSummary, find_local, local_file, local_runs, outbox_root
+from elman.tracking.local import RunSummary, find_local, local_file, local_runs, opened, outbox_root
 from elman.tracking.store import RunStore
 from elman.training.checkpoint import BEST, LAST, STATE, States, write_whole
 from elman.training.loading import provenance, read_checkpoint
@@ -208,6 +208,11 @@ def _find(
                 f"Run {run.id[:12]} left no checkpoint here, nor among its artifacts: resume it on the machine, and "
                 "in the folder, where it was started."
             )
+        if (times := _validations(run, store)) > 1:  # a kill may come between the first and its checkpoint
+            raise UnusableCheckpointsError(
+                f"every checkpoint of run {run.id} is gone: {states.folder} has none, though it was validated {times} "
+                "times. Restore one, or start a new run."
+            )
         notes.append("it was ended before its first checkpoint, and begins again")
     checkpoint = None if path is None else _read_state(path)
     before = _begun_with(run, store) if checkpoint is None else from_flat(checkpoint["elman"]["provenance"]["config"])
@@ -218,6 +223,17 @@ def _find(
             "--trainer.max_minutes to train it further."
         )
     return Resumption(run, config, changed, states, path, checkpoint, notes)
+
+
+def _validations(run: RunSummary, store: RunStore) -> int:
+    """How often it was validated, as far as the store or its outbox here knows."""
+    steps = {step for step, _ in store.history(run.id, "val/loss")} if store.away is None else set()
+    if (folder := outbox_root() / run.mark).exists():
+        with opened(folder) as outbox:
+            if outbox is not None:
+                steps |= {step for step, _ in outbox.history("val/loss")}
+                outbox.close(ended=False)
+    return len(steps)
 
 
 def find_unfinished(config: ExperimentConfig, digest: str, store: RunStore) -> RunSummary | None:
