@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,22 @@ def test_a_deleted_experiment_leaves_nothing_behind(
     Path("text.txt").write_text(make_text(1500))
     assert main(["train", "--corpus.name", "text.txt", "--data.sequence_length", "8", "--trainer.max_steps", "2"]) == 2
     assert not list(Path().glob("mlruns/outbox/*"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the address space is limited as Linux does it")
+def test_a_model_too_large_for_the_memory_is_one_line_with_what_to_lower(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "text.txt").write_text(make_text(2000))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
+    try:
+        code = main(["train", "--corpus.name", "text.txt", "--model.hidden_size", "9000"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "elman: not enough memory (" in error.splitlines()[-1]
+    assert "model.hidden_size" in error.splitlines()[-1]

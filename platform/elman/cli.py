@@ -6,6 +6,7 @@ mistakes in arguments answer at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -769,6 +770,14 @@ def _usage() -> str:
     )  # fmt: skip
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, the system or torch, on whichever device, had none left."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -813,6 +822,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 kept = f"`elman train --resume {error.run_id}` goes on with it"
             print(f"elman: {error}{'; ' * bool(kept)}{kept}.", file=sys.stderr)
             return 130 if error.signal_number == signal.SIGINT else 143
+        if _is_out_of_memory(error):
+            print(
+                f"elman: not enough memory ({one_line(str(error)) or 'MemoryError'}): lower data.batch_size, "
+                "data.sequence_length or model.hidden_size, or make room.", file=sys.stderr,
+            )  # fmt: skip
+            return 1
         traceback.print_exc()
         print(f"elman: internal error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
