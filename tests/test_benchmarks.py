@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.enlarge import write_enlarged
-from benchmarks.harness import provenance, write_json
+from benchmarks.harness import provenance, speedup, write_json
 from benchmarks.plots import MET, MISSED, PLAIN, draw, panels_of
 
 
@@ -23,6 +23,11 @@ def test_figures_are_kept_with_hardware_versions_commit_and_date(tmp_path: Path)
     )
     assert report["environment"]["packages"]["elman"]
     json.dumps(provenance())
+
+
+def test_one_turn_has_a_median_and_more_have_quartiles() -> None:
+    assert speedup([2.0], [6.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert speedup([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
 
 
 def test_a_figure_below_its_goal_is_marked() -> None:

@@ -9,13 +9,12 @@ stream and with several. Then the time per token after position 100,000 over tha
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 
 import torch
-from harness import environment, parser, rate, speedup, take_turns, write_json
+from harness import environment, parser, rate, speedup, spread, take_turns, write_json
 from torch import Tensor, nn
 
 from elman.config.schema import GenerationConfig, ModelConfig
@@ -82,8 +81,7 @@ def position_ratio(model: LanguageModel, count: int, turns: int) -> dict[str, fl
         order = list(steps) if turn % 2 else list(reversed(steps))
         seconds = take_turns({name: steps[name] for name in order}, turns=1, warm_up=0)
         ratios.append(seconds["late"][0] / seconds["early"][0])
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
+    return spread(ratios)
 
 
 def shown(ratio: dict[str, float]) -> str:

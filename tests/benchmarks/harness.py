@@ -65,9 +65,13 @@ def rate(seconds: list[float], amount: float) -> float:
 
 
 def speedup(seconds: list[float], reference: list[float]) -> dict[str, float]:
-    """How many times as fast as the reference, turn by turn: median and quartiles."""
-    ratios = [theirs / ours for ours, theirs in zip(seconds, reference, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    """How many times as fast as the reference, turn by turn."""
+    return spread([theirs / ours for ours, theirs in zip(seconds, reference, strict=True)])
+
+
+def spread(figures: list[float]) -> dict[str, float]:
+    """Median and quartiles; one figure is all of them."""
+    low, middle, high = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else figures * 3
     return {"median": middle, "low": low, "high": high}
 
 
