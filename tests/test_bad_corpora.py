@@ -335,3 +335,9 @@ def test_memory_does_not_grow_with_a_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8
+
+
+def test_a_streamed_text_of_one_symbol_is_refused_by_its_validation_split(tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "t.txt").write_text("a" * 50_000)
+    streamed = ("--corpus.streaming", "true", "--corpus.streaming_sample", "10000")
+    refuse("corpus", str(tmp_path / "t.txt"), *streamed, names=("validation split is nothing but 'a'",))

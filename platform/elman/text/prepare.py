@@ -191,7 +191,7 @@ def _write(
             splits[name] = _write_split(folder, name, stream, tokenizer, spelling, advance, corpus.rows_are_lines)
         if not splits[name].tokens:
             raise _empty(name, config, splits)
-        if name != "test":  # a streamed training split cannot be looked at, but its validation split can
+        if name == "train" or (config.streaming and name == "validation"):  # streamed, only that can be looked at
             _refuse_monotony(folder, name, tokenizer, config)
     shared = {} if corpus.rows_are_lines else _shared(splits)
     return {
