@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -83,15 +84,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_the_dashboard_answers_on_this_machine_alone(workplace: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     server = subprocess.Popen(
-        [sys.executable, "-m", "elman.cli", "dashboard", "--port", "18973"], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "elman.cli", "dashboard", "--port", port], stdout=subprocess.PIPE, text=True,
         env=dict(os.environ),
     )  # fmt: skip
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert "http://127.0.0.1:18973" in line
-        with urllib.request.urlopen("http://127.0.0.1:18973/api/studies", timeout=10) as answer:
+        assert f"http://127.0.0.1:{port}" in line
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=10) as answer:
             assert json.loads(answer.read())["study_summaries"] == []
     finally:
         server.send_signal(signal.SIGINT)
