@@ -22,15 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from elman.tracking.store import RunStore
+from support import free_port
 
 TIMED = ("throughput/", "training/", "system/")
 """Metrics that tell the time."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from elman.cli import main
 from elman.config.tree import override
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
-from support import Refuse, files, make_text, put_store, small_disk_at, tiny
+from support import Refuse, files, free_port, make_text, put_store, small_disk_at, tiny
 
 COMMANDS = {
     "train": ("train", "--config", "c.yaml"), "search": ("search", "--config", "s.yaml"),
@@ -29,9 +29,7 @@ COMMANDS = {
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,7 +18,7 @@ import elman.search.study
 from elman.cli import main
 from elman.config.load import dump_yaml, load_config
 from elman.config.schema import ExperimentConfig
-from support import tiny
+from support import free_port, tiny
 
 
 @pytest.fixture
@@ -84,9 +83,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_the_dashboard_answers_on_this_machine_alone(workplace: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     server = subprocess.Popen(
         [sys.executable, "-m", "elman.cli", "dashboard", "--port", port], stdout=subprocess.PIPE, text=True,
         env=dict(os.environ),

@@ -19,12 +19,7 @@ import pytest
 
 from elman.errors import TrackingError
 from elman.tracking.server import PASSWORD, serve
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from support import free_port
 
 
 @pytest.mark.parametrize("port", [0, 70000])

@@ -110,8 +110,7 @@ def readable(config: ExperimentConfig) -> Outcome:
         if len(text) < CHARACTERS // 2 and not corpus.streaming:  # it is short: all of it, and is it long enough?
             from elman.data.datamodule import check_lengths  # brings lightning, and takes seconds
 
-            prepared = prepare(corpus)
-            check_lengths(prepared, config.data)
+            prepared = prepare(corpus, check=lambda made: check_lengths(made, config.data))
             train = prepared.splits["train"]
             assert isinstance(train, PreparedSplit)
             return ok(f"{corpus.name}: {train.characters:,} characters to train on, {train.tokens:,} tokens")

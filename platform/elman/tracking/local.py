@@ -99,14 +99,22 @@ def outboxes() -> list[Path]:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Outbox | None]:
-    """A run's outbox; None where another process has it open."""
+def opened(folder: Path, *, tidy: bool = False) -> Iterator[Outbox | None]:
+    """A run's outbox, closed afterwards; None where another process has it open.
+
+    Args:
+        folder: The run's.
+        tidy: Whether one of a run that has ended goes where nothing in it waits.
+    """
     try:
         outbox = Outbox(folder)
     except TrackingError:
         yield None
         return
-    yield outbox
+    try:
+        yield outbox
+    finally:
+        outbox.close(ended=tidy and outbox.has("end"))
 
 
 def local_runs() -> list[RunSummary]:
@@ -117,7 +125,6 @@ def local_runs() -> list[RunSummary]:
             if outbox is None:
                 continue
             run = _summary(outbox)
-            outbox.close(ended=False)
         if run is not None:
             found.append(run)
     return sorted(found, key=lambda run: run.started, reverse=True)
@@ -138,11 +145,7 @@ def local_file(run: RunSummary, name: str) -> bytes | None:
     if not folder.exists():
         return None
     with opened(folder) as outbox:
-        if outbox is None:
-            return None
-        content = outbox.file(name)
-        outbox.close(ended=False)
-        return content
+        return None if outbox is None else outbox.file(name)
 
 
 def _summary(outbox: Outbox) -> RunSummary | None:

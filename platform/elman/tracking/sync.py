@@ -39,7 +39,6 @@ def stranded() -> int:
         with opened(folder) as outbox:
             if outbox is not None:
                 count += outbox.waiting() > 0
-                outbox.close(ended=False)
     return count
 
 
@@ -55,11 +54,11 @@ def sync(config: TrackingConfig) -> SyncResult:
     result = SyncResult()
     stores: dict[tuple[str, str], RunStore | str] = {}
     for folder in outboxes():
-        with opened(folder) as outbox:
+        with opened(folder, tidy=True) as outbox:
             if outbox is None:
                 result.busy.append(folder.name)
                 continue
-            before, ended = outbox.waiting(), outbox.has("end")
+            before = outbox.waiting()
             if before:
                 store = _store(outbox, config, stores)
                 if isinstance(store, RunStore):
@@ -79,7 +78,6 @@ def sync(config: TrackingConfig) -> SyncResult:
                 result.waiting[run] = after
             if outbox.refused():
                 result.refused[run] = outbox.refused()
-            outbox.close(ended=ended)
     return result
 
 

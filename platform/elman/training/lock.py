@@ -39,9 +39,7 @@ def is_interrupted(run: RunSummary) -> bool:
         with opened(outbox) as found:
             if found is None:
                 return False  # its process has it open
-            ended = found.has("end")  # and only the store does not know yet
-            found.close(ended=False)
-            return not ended
+            return not found.has("end")  # ended, and only the store does not know yet
     except OSError:
         return False  # it is held
     return True

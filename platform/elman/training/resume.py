@@ -232,7 +232,6 @@ def _validations(run: RunSummary, store: RunStore) -> int:
         with opened(folder) as outbox:
             if outbox is not None:
                 steps |= {step for step, _ in outbox.history("val/loss")}
-                outbox.close(ended=False)
     return len(steps)
 
 
