@@ -19,7 +19,9 @@ SOURCE = Path(__file__).with_name("linear_loss.cpp")
 LANES = 16
 WIDEST = 4
 """Vectors of positions in a panel, at most."""
-SAVED = ("weight", "bias", "features", "targets", "lse", "found")
+ROWS = 96
+"""Of the vocabulary, in a block."""
+SAVED = ("weight", "bias", "features", "targets", "tops", "lse", "found")
 
 
 class _Loss(ctypes.Structure):
@@ -30,7 +32,7 @@ class _Loss(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("weight", "bias", "features", "targets", "packed", "kept", "sums", "predicted", "lse", "found"),
+                *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted", "lse", "found"),
                 *("factors", "d_weight", "d_bias", "d_features", "gathered"),
             )
         ),
@@ -136,6 +138,7 @@ def _forward(
         "features": features_NH.detach().to(torch.bfloat16).contiguous(),
         "targets": targets_N.contiguous(),
         "kept": kept,
+        "tops": None if kept is None else torch.empty(-(-weight_VH.shape[0] // ROWS), padded),
         "sums": torch.empty(torch.get_num_threads(), 3, padded),
         "predicted": predicted_N,
         "lse": torch.zeros(padded),

@@ -153,6 +153,7 @@ enum Kind { RNN_TANH, RNN_RELU, LSTM, GRU, GRU_RESET_BEFORE, MINGRU, MINLSTM };
 constexpr float LIMIT = 127 * 256;  // of the magnitude of a 16-bit factor: so both its bytes are in range
 constexpr long ROWS = 32;           // streams at a time: two tiles, and their sums fit into L1
 constexpr long MOST_ROWS = 2;       // that are quicker one by one than as a tile of sixteen
+constexpr int PAIR = 2;             // that share what is read of the weights, where there are no tiles
 constexpr long WIDEST = 4;          // vectors of outputs at a time: all their sums fit into registers
 
 inline long padded(long size, long multiple) { return (size + multiple - 1) / multiple * multiple; }
@@ -194,23 +195,37 @@ inline void finish(const Matrix& m, long vector, float scale, Ints upper, Ints m
     store(to, load<Floats>(to) + whole * (load<Floats>(m.scales + vector * LANES) * (256.0f * scale)));
 }
 
-template <int N>
-void row_product(const Matrix& m, long vector, const Rows& a, long row, float* sums) {
-    Ints uu[N]{}, ul[N]{}, lu[N]{};
+// R rows at once, from ``row`` on: what two rows take turns with need not be read twice.
+template <int R, int N>
+void row_product(const Matrix& m, long vector, const Rows& a, long row, float* sums, long stride) {
+    // Of one row, two sums side by side: added up in one, each dot product would wait for the one before.
+    constexpr int apart = R == 1 ? 1 : 0;
+    Ints above[R][N]{}, mixed[R][N][1 + apart]{};
     const long bytes = m.depth * 2 * LANES;
     const int8_t* w = m.planes + vector * bytes;
     const uint8_t *upper = a.upper + row * a.depth, *lower = a.lower + row * a.depth;
     for (long k = 0; k < m.depth; k += 4, w += 8 * LANES) {
-        const Ints u = Ints{} + load<int32_t>(upper + k), l = Ints{} + load<int32_t>(lower + k);
+        Ints u[R], l[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            u[r] = Ints{} + load<int32_t>(upper + r * a.depth + k);
+            l[r] = Ints{} + load<int32_t>(lower + r * a.depth + k);
+        }
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            const Ints above = load<Ints>(w + n * bytes), below = load<Ints>(w + n * bytes + 4 * LANES);
-            uu[n] = dot(uu[n], u, above);
-            ul[n] = dot(ul[n], u, below);
-            lu[n] = dot(lu[n], l, above);
+            const Ints high = load<Ints>(w + n * bytes), low = load<Ints>(w + n * bytes + 4 * LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                above[r][n] = dot(above[r][n], u[r], high);
+                mixed[r][n][0] = dot(mixed[r][n][0], u[r], low);
+                mixed[r][n][apart] = dot(mixed[r][n][apart], l[r], high);
+            }
         }
     }
-    for (int n = 0; n < N; n++) finish(m, vector + n, a.scales[row], uu[n], ul[n] + lu[n], sums + n * LANES);
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++)
+            finish(m, vector + n, a.scales[row + r], above[r][n],
+                   apart ? mixed[r][n][0] + mixed[r][n][apart] : mixed[r][n][0], sums + r * stride + n * LANES);
 }
 
 #ifdef ELMAN_TILE_PRODUCT
@@ -273,6 +288,11 @@ struct Tiles {
 };
 #endif
 
+template <int R>
+auto rows_product(long n) {
+    return n == 4 ? row_product<R, 4> : n == 3 ? row_product<R, 3> : n == 2 ? row_product<R, 2> : row_product<R, 1>;
+}
+
 // sums (rows, stride) += a (rows from ``row`` on) · n vectors of m's rows.
 void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Rows& a, long row, long rows,
              float* sums, long stride) {
@@ -284,8 +304,9 @@ void product(const Tiles& tiles, const Matrix& m, long vector, long n, const Row
     }
 #endif
     (void)tiles;
-    const auto one = n == 4 ? row_product<4> : n == 3 ? row_product<3> : n == 2 ? row_product<2> : row_product<1>;
-    for (long i = 0; i < rows; i++) one(m, vector, a, row + i, sums + i * stride);
+    long i = 0;
+    for (; i + PAIR <= rows; i += PAIR) rows_product<PAIR>(n)(m, vector, a, row + i, sums + i * stride, stride);
+    for (; i < rows; i++) rows_product<1>(n)(m, vector, a, row + i, sums + i * stride, stride);
 }
 
 // Sampler ----------------------------------------------------------------------------------

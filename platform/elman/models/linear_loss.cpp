@@ -2,10 +2,11 @@
 //
 // The scores are computed transposed, a token of the vocabulary in a row and the positions of the text in
 // its columns: so the weights are the left factor as they lie in memory, and the sums of exponentials run
-// down the columns. Some rows at a time pass through the cache: multiplied, summed, and kept as halves
-// where backward will want them. Backward turns them into their gradients in place, and multiplies those
-// with the features for the weights' gradient, which is written once, in float32; and with the weights for
-// the features' gradient, where each thread has positions of its own.
+// down the columns. A block of rows at a time passes through the cache: multiplied, summed, and its
+// exponentials kept where backward will want them, relative to the largest score that was known by then.
+// Backward turns them into the scores' gradients in place, and multiplies those with the features for the
+// weights' gradient, which is written once, in float32; and with the weights for the features' gradient,
+// where each thread has positions of its own.
 //
 // Positions are padded to a multiple of 16 and lie in panels of at most 64, H to a multiple of 32, and V,
 // where it is summed over, to a multiple of 32, with zeros. Sums are in float32. What threads add up
@@ -27,7 +28,8 @@ struct Loss {
     const Bits* features;    // (N, H)
     const int64_t* targets;  // (N)
     Bits* packed;            // N × H, padded: the features as the right factor
-    Bits* kept;              // V × N, padded: panels of scores, then of their gradients
+    Bits* kept;              // V × N, padded: panels of the scores' exponentials, then of their gradients
+    float* tops;             // (blocks of ROWS of V, N): what the exponentials are relative to; with kept
     float* sums;             // (threads, 3, N): the largest scores, sums of exponentials, and whose the largest are
     int64_t* predicted;      // (N): tokens of the largest scores, or null
     float* lse;              // (N): logarithms of the sums of exponentials
@@ -119,7 +121,7 @@ void pack_by_unit(const Sizes& s) {
     }
 }
 
-// One vector of positions: adds the rows' exponentials to the sums so far, and keeps the rows.
+// One vector of positions: adds the rows' exponentials to the sums so far, and keeps them.
 void add_exponentials(
     const float* c, long stride, long begin, long rows, float* largest, float* sum, int32_t* whose, Bits* kept) {
     Floats before = load<Floats>(largest), top = before;
@@ -137,9 +139,9 @@ void add_exponentials(
     }
     Floats total = load<Floats>(sum) * exponential(before - top);
     for (long row = 0; row < rows; row++) {
-        const Floats score = load<Floats>(c + row * stride);
-        total += exponential(score - top);
-        if (kept) to_half(kept + row * stride, clamp(score, 65504.0f));  // the largest half
+        const Floats part = exponential(load<Floats>(c + row * stride) - top);
+        total += part;
+        if (kept) to_bf16(kept + row * stride, part);
     }
     store(largest, top);
     store(sum, total);
@@ -177,6 +179,7 @@ void forward(const Sizes& s, Barrier& barrier) {
                     whose ? whose + first + v * LANES : nullptr,
                     l.kept ? s.kept(p) + begin * stride + v * LANES : nullptr);
         }
+        if (l.kept) std::copy(largest, largest + s.n, l.tops + begin / ROWS * s.n);
     }
     barrier.wait(team);
     const Part mine(s.n, LANES);
@@ -199,23 +202,28 @@ void forward(const Sizes& s, Barrier& barrier) {
     }
 }
 
-// Two rows of the vocabulary: their scores become the gradients of the scores, in pairs where they were
-// kept and row by row in ``rows`` beside it; adds up the biases' gradients.
-void differentiate(const Sizes& s, long row, Bits* rows) {
+// What makes probabilities, times their factors, of a block's exponentials.
+inline Floats scale_at(const Sizes& s, long block, long position) {
+    const Floats top = load<Floats>(s.l.tops + block * s.n + position);
+    return exponential(top - load<Floats>(s.l.lse + position)) * load<Floats>(s.l.factors + position);
+}
+
+// Two rows of the vocabulary: their exponentials become the gradients of the scores, in pairs where they
+// were kept and row by row in ``rows`` beside it; adds up the biases' gradients.
+void differentiate(const Sizes& s, long row, const float* scales, Bits* rows) {
     const Loss& l = s.l;
     Floats d_bias[2] = {};
     for (long p = 0; p < l.panels; p++) {
         const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
         Bits* const kept = s.kept(p) + row * stride;
-        Bits scores[8 * LANES];
-        std::memcpy(scores, kept, sizeof(Bits) * 2 * stride);
+        Bits parts[8 * LANES];
+        std::memcpy(parts, kept, sizeof(Bits) * 2 * stride);
         for (long v = 0; v < stride; v += LANES) {
-            const Floats lse = load<Floats>(l.lse + first + v), factors = load<Floats>(l.factors + first + v);
             Floats d[2];
             for (long i = 0; i < 2; i++) {
                 d[i] = Floats{};
                 if (row + i >= l.vocabulary) continue;
-                d[i] = exponential(from_half(scores + i * stride + v) - lse) * factors;
+                d[i] = from_bf16(parts + i * stride + v) * load<Floats>(scales + first + v);
                 d_bias[i] += d[i];
                 to_bf16(rows + i * s.n + first + v, d[i]);
             }
@@ -230,7 +238,7 @@ void differentiate(const Sizes& s, long row, Bits* rows) {
 }
 
 // The targets' own gradients, from scores that were never rounded: they are the smallest differences.
-void differentiate_targets(const Sizes& s, long begin, long end, Bits* rows) {
+void differentiate_targets(const Sizes& s, long begin, long end, const float* scales, Bits* rows) {
     const Loss& l = s.l;
     for (long p = 0; p < l.panels; p++) {
         const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
@@ -239,9 +247,10 @@ void differentiate_targets(const Sizes& s, long begin, long end, Bits* rows) {
             if (row < begin || row >= end) continue;
             const float found = l.found[position], lse = l.lse[position], factor = l.factors[position];
             const float d = std::expm1(found - lse) * factor;
+            const float top = l.tops[begin / ROWS * s.n + position];
             Bits sixteen[LANES];
-            to_half(sixteen, clamp(splat(found), 65504.0f));
-            l.d_bias[row] += d - exponential(from_half(sixteen) - lse)[0] * factor;  // what was added before
+            to_bf16(sixteen, exponential(splat(found - top)));
+            l.d_bias[row] += d - from_bf16(sixteen)[0] * scales[position];  // what was added before
             to_bf16(sixteen, splat(d));
             s.kept(p)[(row & ~1L) * stride + 2 * (position - first) + (row & 1)] = sixteen[0];
             rows[(row - begin) * s.n + position] = sixteen[0];
@@ -251,13 +260,15 @@ void differentiate_targets(const Sizes& s, long begin, long end, Bits* rows) {
 
 void differentiate_weights(const Sizes& s) {
     const Loss& l = s.l;
-    Bits* const rows = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.n + sizeof(float) * ROWS * 4 * LANES);
+    Bits* const rows = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.n + sizeof(float) * (ROWS * 4 * LANES + s.n));
     float* const c = (float*)(rows + ROWS * s.n);
+    float* const scales = c + ROWS * 4 * LANES;
     const Part part(s.v, ROWS);
     for (long begin = part.begin; begin < part.end; begin += ROWS) {
         const long end = std::min(begin + ROWS, part.end), real = std::min(end, l.vocabulary) - begin;
-        for (long row = begin; row < end; row += 2) differentiate(s, row, rows + (row - begin) * s.n);
-        differentiate_targets(s, begin, end, rows);
+        for (long n = 0; n < s.n; n += LANES) store(scales + n, scale_at(s, begin / ROWS, n));
+        for (long row = begin; row < end; row += 2) differentiate(s, row, scales, rows + (row - begin) * s.n);
+        differentiate_targets(s, begin, end, scales, rows);
         if (!l.d_weight || real <= 0) continue;
         for (long unit = 0; unit < s.h; unit += 4 * LANES) {
             const long width = std::min(4L, (s.h - unit) / LANES);
