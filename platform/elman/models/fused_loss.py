@@ -32,8 +32,8 @@ class _Loss(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted", "lse", "found"),
-                *("factors", "d_weight", "d_bias", "d_features", "gathered"),
+                *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted"),
+                *("lse", "found", "factors", "d_weight", "d_bias", "d_features", "gathered"),
             )
         ),
     )
