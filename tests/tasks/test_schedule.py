@@ -21,12 +21,16 @@ def test_cosine_falls_from_one_to_the_final_fraction() -> None:
     assert factors([0, 0.5, 1, 2], schedule="cosine", final_lr_fraction=0.1) == pytest.approx([1, 0.55, 0.1, 0.1])
 
 
+def test_linear_falls_evenly_to_its_last_fraction() -> None:
+    assert factors([0, 0.25, 0.5, 1], schedule="linear", final_lr_fraction=0.2) == pytest.approx([1, 0.8, 0.6, 0.2])
+
+
 def test_one_cycle_rises_for_three_tenths_and_falls_after() -> None:
     low, mid, peak, later, end = factors([0, 0.15, 0.3, 0.65, 1], schedule="one_cycle", final_lr_fraction=0.0)
     assert (low, mid, peak, later, end) == pytest.approx((0.04, 0.52, 1, 0.5, 0))
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "one_cycle", "step", "plateau"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "one_cycle", "step", "plateau"])
 def test_every_schedule_can_warm_up(kind: Any) -> None:
     schedule = Schedule(OptimizerConfig(schedule=kind, warmup_steps=10))
     cold = Schedule(OptimizerConfig(schedule=kind))

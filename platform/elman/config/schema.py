@@ -305,13 +305,13 @@ class OptimizerConfig:
     """L2 penalty (decoupled in adamw) on weight matrices; biases, norms and embeddings are spared."""
     max_grad_norm: float | None = 1.0
     """Ceiling on the global L2 gradient norm; null leaves gradients unclipped."""
-    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
-    """Learning rate over time: constant, cosine or one_cycle (over the whole training), step
-    (by epochs), plateau (by the validation loss)."""
+    schedule: Literal["constant", "cosine", "linear", "one_cycle", "step", "plateau"] = "cosine"
+    """Learning rate over time: constant; cosine, linear or one_cycle (over the whole training);
+    step (by epochs); plateau (by the validation loss)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     final_lr_fraction: float = 0.01
-    """Share of lr at the end of cosine and one_cycle, and the floor of plateau."""
+    """Share of lr at the end of cosine, linear and one_cycle, and the floor of plateau."""
     decay_factor: float = 0.5
     """Factor on the learning rate at each decay of step and plateau."""
     decay_start_epoch: int = 0

@@ -11,9 +11,10 @@ from elman.config.schema import OptimizerConfig
 class Schedule:
     """The learning rate as a factor on ``optimizer.lr``.
 
-    Cosine: Loshchilov & Hutter (2017), arXiv:1608.03983, without restarts. One-cycle:
-    Smith & Topin (2018), arXiv:1708.07120: from 1/25 up over the first 30 %, then down by a
-    cosine. Step: Zaremba et al. (2014), arXiv:1409.2329. Only plateau has a memory.
+    Cosine: Loshchilov & Hutter (2017), arXiv:1608.03983, without restarts. Linear: Defazio et
+    al. (2023), arXiv:2310.07831. One-cycle: Smith & Topin (2018), arXiv:1708.07120: from 1/25 up
+    over the first 30 %, then down by a cosine. Step: Zaremba et al. (2014), arXiv:1409.2329.
+    Only plateau has a memory.
     """
 
     def __init__(self, config: OptimizerConfig) -> None:
@@ -35,6 +36,8 @@ class Schedule:
         progress = min(max(progress, 0.0), 1.0)
         if c.schedule == "cosine":
             return warm * self._cosine(1.0, c.final_lr_fraction, progress)
+        if c.schedule == "linear":
+            return warm * (1 + (c.final_lr_fraction - 1) * progress)
         if c.schedule == "one_cycle":
             if progress < 0.3:
                 return warm * self._cosine(1 / 25, 1.0, progress / 0.3)
