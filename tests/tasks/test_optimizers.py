@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from elman.config.schema import RECURRENT_CELLS, ModelConfig, OptimizerConfig
 from elman.models.language_model import build_model
 from elman.tasks import optimizers
+from elman.tasks.language_modeling import LanguageModeling
 from elman.tasks.optimizers import NTASGD, build_optimizer, clip_gradients, parameter_groups
 
 
@@ -137,3 +139,28 @@ def test_rules_with_a_memory_keep_the_dense_gradient(settings: dict[str, Any], m
     network = model()
     build_optimizer(network, OptimizerConfig(**settings))
     assert not network.embedding.sparse
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_the_embedding_has_a_learning_rate_of_its_own(is_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "LARGE_VOCABULARY", 2 if is_sparse else 10**6)
+
+    def moved(factor: float) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        config = OptimizerConfig(name="sgd", lr=0.01, embedding_lr_factor=factor, max_grad_norm=None)
+        network = model()
+        task = LanguageModeling(network, config, bits=None, sequence_length=4)  # type: ignore[arg-type]
+        optimizer = task.configure_optimizers()
+        task._trainer = SimpleNamespace(global_step=0, current_epoch=0, optimizers=[optimizer])  # type: ignore[assignment]
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        network(torch.tensor([[3, 1, 3, 2]]))[0].pow(2).sum().backward()
+        task.on_train_batch_start(None, 0)
+        assert task.lr == 0.01
+        optimizer.step()
+        return {name: p.detach() - before[name] for name, p in network.named_parameters()}
+
+    once, thrice = moved(1.0), moved(3.0)
+    for name, change in once.items():
+        expected = 3 * change if name == "embedding.weight" else change
+        torch.testing.assert_close(thrice[name], expected, rtol=1e-3, atol=1e-7)
+    assert once["embedding.weight"].abs().max() > 1e-4

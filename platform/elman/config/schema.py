@@ -295,6 +295,8 @@ class OptimizerConfig:
     """Update rule; nt_asgd is SGD that starts averaging once validation stops improving."""
     lr: float = 3e-3
     """Peak learning rate."""
+    embedding_lr_factor: float = 1.0
+    """Factor on the learning rate for the embedding; above 1 helps adam and adamw where time is short."""
     momentum: float = 0.0
     """Momentum of sgd, nt_asgd and rmsprop."""
     nesterov: bool = False
@@ -328,7 +330,7 @@ class OptimizerConfig:
     """Weight of the mean squared change of the output from step to step (TAR)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "embedding_lr_factor", "max_grad_norm"):
             _positive(f"optimizer.{name}", getattr(self, name))
         for name in ("weight_decay", "activation_regularization", "temporal_activation_regularization"):
             _not_negative(f"optimizer.{name}", getattr(self, name))

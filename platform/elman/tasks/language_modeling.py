@@ -210,7 +210,7 @@ class LanguageModeling(L.LightningModule):
         if self._scale_lr:
             factor *= batch.inputs_BT.shape[1] / self._sequence_length
         for group in self._optimizer().param_groups:
-            group["lr"] = self.config.lr * factor
+            group["lr"] = self.config.lr * factor * group.get("lr_factor", 1.0)
 
     def configure_gradient_clipping(
         self,

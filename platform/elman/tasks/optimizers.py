@@ -50,17 +50,23 @@ def clip_gradients(parameters: Iterable[Tensor], ceiling: float | None) -> Tenso
     return norm
 
 
-def _sparse_embedding(model: nn.Module, config: OptimizerConfig) -> nn.Parameter | None:
-    """The embedding whose gradient is to hold only the rows of the window's tokens; None where it is dense.
+def _use_sparse_gradients(model: LanguageModel, config: OptimizerConfig) -> bool:
+    """Tell the embedding whether its gradient is to hold only the rows of the window's tokens.
 
     Of tens of thousands of rows a window has hundreds, and plain SGD leaves the others where they
     are. Whatever keeps a memory for each weight moves them all.
     """
-    if not isinstance(model, LanguageModel):
-        return None
     forgets = config.name == "sgd" and not config.momentum
-    model.embedding.sparse = forgets and not model.config.tie_weights and model.num_inputs >= LARGE_VOCABULARY
-    return model.embedding.weight if model.embedding.sparse else None
+    sparse = forgets and not model.config.tie_weights and model.num_inputs >= LARGE_VOCABULARY
+    model.embedding.sparse = sparse
+    return sparse
+
+
+def _with_own_group(groups: list[dict[str, Any]], own: Tensor, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups, with one parameter in a group of its own that has some options besides."""
+    [home] = [group for group in groups if any(p is own for p in group["params"])]
+    groups = [group | {"params": [p for p in group["params"] if p is not own]} for group in groups]
+    return [*(group for group in groups if group["params"]), home | {"params": [own]} | options]
 
 
 class NTASGD(torch.optim.SGD):
@@ -133,14 +139,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     Sources: momentum, Sutskever et al. (2013); Adam, Kingma & Ba (2015), arXiv:1412.6980;
     AdamW, Loshchilov & Hutter (2019), arXiv:1711.05101; RMSprop, Tieleman & Hinton (2012).
+    A larger rate for the embedding: Yang et al. (2022), arXiv:2203.03466. Adam moves every weight by
+    about the rate, and a sum of many inputs by many times that, but a row that is looked up only by
+    the rate itself.
     """
     groups = parameter_groups(model, config.weight_decay)
     # One kernel for all parameters instead of a loop over them.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
-    sparse = _sparse_embedding(model, config)
-    if sparse is not None:  # which torch's fused kernels do not take
-        groups = [group | {"params": [p for p in group["params"] if p is not sparse]} for group in groups]
-        groups.append({"params": [sparse], "weight_decay": 0.0, "fused": False})
+    if isinstance(model, LanguageModel):
+        apart: dict[str, Any] = {}
+        if config.embedding_lr_factor != 1:
+            apart["lr_factor"] = config.embedding_lr_factor
+        if _use_sparse_gradients(model, config):
+            apart["fused"] = False  # torch's fused kernels do not take them
+        if apart:
+            groups = _with_own_group(groups, model.embedding.weight, apart)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.name == "nt_asgd":
