@@ -122,7 +122,8 @@ def fused_window(
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     hidden_size = weight_hh.shape[1]
     if kind == "gru":  # n, whose two biases stay apart, comes first
-        weight_ih = torch.roll(weight_ih, hidden_size, 0)
+        if not isinstance(x, Rows):
+            weight_ih = torch.roll(weight_ih, hidden_size, 0)
         rz_bias_hh, n_bias_hh = torch.split(bias_hh, [2 * hidden_size, hidden_size])
         bias = torch.cat((bias_ih[2 * hidden_size :], bias_ih[: 2 * hidden_size] + rz_bias_hh, n_bias_hh))
     else:
@@ -139,6 +140,8 @@ def fused_window(
         if smallest < 0 or largest >= x.rows_VI.shape[0]:  # the kernel would read what is not there
             raise IndexError(f"index out of range: {smallest} to {largest} of {x.rows_VI.shape[0]} rows")
         inputs = F.linear(x.rows_VI, weight_ih).float()
+        if kind == "gru":
+            inputs = torch.roll(inputs, hidden_size + padding, 1)
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
         inputs = F.linear(x_TBI, weight_ih)

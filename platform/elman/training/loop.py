@@ -61,7 +61,10 @@ class StepLoop(_TrainingEpochLoop):
             counts.zero_grad.increment_started()
             optimizer.zero_grad()
             counts.zero_grad.increment_completed()
-        (outputs.pop("loss") / trainer.accumulate_grad_batches).backward()
+        loss = outputs.pop("loss")
+        if trainer.accumulate_grad_batches > 1:
+            loss = loss / trainer.accumulate_grad_batches
+        loss.backward()
         if not gathers:
             task.configure_gradient_clipping(optimizer)
             optimizer.step()
