@@ -64,7 +64,7 @@ class StepLoop(_TrainingEpochLoop):
         loss = outputs.pop("loss")
         if trainer.accumulate_grad_batches > 1:
             loss = loss / trainer.accumulate_grad_batches
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if not gathers:
             task.configure_gradient_clipping(optimizer)
             optimizer.step()
