@@ -33,7 +33,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class Case:
     """Random weights, states and inputs of one layer."""
 
-    def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: bool = False) -> None:
+    def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: int = 0) -> None:
         torch.manual_seed(0)
         self.kind = kind
         size = LAYOUTS[kind].gates * hidden_size
@@ -49,8 +49,8 @@ class Case:
                 self.weights[2] += 4 * torch.randn(size).sign()
         num_states = 2 if kind == "lstm" else 1
         self.state = tuple(leaf(batch_size, hidden_size, scale=0.5) for _ in range(num_states))
-        self.given = leaf(V, I) if rows else leaf(batch_size, length, I)
-        self.index = torch.randint(V, (batch_size, length)) if rows else None
+        self.given = leaf(rows, I) if rows else leaf(batch_size, length, I)
+        self.index = torch.randint(rows, (batch_size, length)) if rows else None
         self.d_outputs = torch.randn(batch_size, length, hidden_size)
         self.d_state = [torch.randn(batch_size, hidden_size) for _ in self.state]
 
@@ -86,9 +86,9 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 @every_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [False, True], ids=["dense", "rows"])
+@pytest.mark.parametrize("rows", [0, V, 2 * I], ids=["dense", "few rows", "many rows"])
 def test_window_equals_written_out_cell_forward_and_in_every_gradient(
-    kind: str, shape: tuple[int, int, int], rows: bool
+    kind: str, shape: tuple[int, int, int], rows: int
 ) -> None:
     case = Case(kind, *shape, rows=rows)
     distances = [distance(*pair) for pair in zip(case.found(), case.expected(), strict=True)]
@@ -158,7 +158,7 @@ def test_two_carried_windows_equal_one_long_window_to_the_bit(kind: str) -> None
 
 @every_kind
 def test_evaluation_gives_the_outputs_of_training(kind: str) -> None:
-    case = Case(kind, 3, 5, 40, rows=True)
+    case = Case(kind, 3, 5, 40, rows=V)
     outputs, state = case.run()
     with torch.inference_mode():
         found, found_state = case.run()
@@ -202,7 +202,7 @@ def test_windows_that_wait_for_their_backward_do_not_share_memory(kind: str) -> 
 
 @pytest.mark.parametrize("wrong", [-1, V])
 def test_an_index_without_a_row_is_refused(wrong: int) -> None:
-    case = Case("gru", 2, 3, 16, rows=True)
+    case = Case("gru", 2, 3, 16, rows=V)
     case.index[1, 2] = wrong
     with pytest.raises(IndexError, match="out of range"):
         case.run()

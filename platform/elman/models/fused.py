@@ -121,8 +121,10 @@ def fused_window(
     """
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     hidden_size = weight_hh.shape[1]
+    # The smaller of the two is turned: the table of inputs, or the weights that it is made of.
+    turns_table = kind == "gru" and isinstance(x, Rows) and x.rows_VI.shape[0] < weight_ih.shape[1]
     if kind == "gru":  # n, whose two biases stay apart, comes first
-        if not isinstance(x, Rows):
+        if not turns_table:
             weight_ih = torch.roll(weight_ih, hidden_size, 0)
         rz_bias_hh, n_bias_hh = torch.split(bias_hh, [2 * hidden_size, hidden_size])
         bias = torch.cat((bias_ih[2 * hidden_size :], bias_ih[: 2 * hidden_size] + rz_bias_hh, n_bias_hh))
@@ -140,7 +142,7 @@ def fused_window(
         if smallest < 0 or largest >= x.rows_VI.shape[0]:  # the kernel would read what is not there
             raise IndexError(f"index out of range: {smallest} to {largest} of {x.rows_VI.shape[0]} rows")
         inputs = F.linear(x.rows_VI, weight_ih).float()
-        if kind == "gru":
+        if turns_table:
             inputs = torch.roll(inputs, hidden_size + padding, 1)
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one

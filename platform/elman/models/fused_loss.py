@@ -20,7 +20,7 @@ LANES = 16
 WIDEST = 4
 """Vectors of positions in a panel, at most."""
 ROWS = 96
-"""Of the vocabulary, in a block."""
+"""Of the vocabulary, in a block: as in linear_loss.cpp, which writes a row of ``tops`` for each."""
 SAVED = ("weight", "bias", "features", "targets", "tops", "lse", "found")
 
 
