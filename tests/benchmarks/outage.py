@@ -10,6 +10,7 @@ nobody answers (goal: ten seconds at most), the test of the best checkpoint and 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -41,8 +42,10 @@ class Watch(Silence):
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.set_defaults(turns=3)
     arguments.add_argument("--steps", type=int, default=150, help="steps of a training")
     options = arguments.parse_args()
+    logging.getLogger("elman.tracking").setLevel(logging.ERROR)  # that the store is away is the point
     settings = {"trainer.threads": options.threads, "trainer.max_epochs": None, "trainer.max_steps": options.steps,
                 "trainer.log_every_steps": 1}  # fmt: skip
     config = override(ExperimentConfig(), settings)

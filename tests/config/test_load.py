@@ -107,6 +107,9 @@ def test_flags_take_null_lists_and_truth_values(flags: Flags) -> None:
         (["--model.cell", "foo"], "--model.cell must be one of rnn, lstm, gru"),
         (["extra"], "unrecognized arguments: extra"),
         (["--name"], "expected one argument"),
+        (["--seed", "3", "--optimizer.lr", "1" * 400, "--name", "x"], "--optimizer.lr must be at most 1.8e+308"),
+        (["--name", "x", f"--optimizer.lr={'1' * 400}"], "--optimizer.lr must be at most 1.8e+308"),
+        (["--optimizer.betas", f"[0.9, {'1' * 400}]"], "--optimizer.betas must be"),
     ],
 )
 def test_a_bad_flag_is_refused_in_one_line(flags: Flags, arguments: list[str], message: str) -> None:

@@ -8,6 +8,7 @@ repeated keys. The flags are parsed by jsonargparse, whose only home is this mod
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -215,8 +216,25 @@ class Flags:
             namespace = self.parser.parse_args(list(arguments))
         except (argparse.ArgumentError, ConfigError) as error:
             raise ConfigError(self._one_line(str(error))) from None
+        except OverflowError:  # an integer that no float holds: jsonargparse lets it through
+            limit = f"{sys.float_info.max:.1e}"
+            raise ConfigError(f"{self._overflowing(list(arguments))} must be at most {limit}, got more.") from None
         values = {name: namespace[name.replace('-', '_')] for name in [*self.known, *self._positional]}
         return values, {name: values[name] for name in given if name in values}
+
+    def _overflowing(self, arguments: list[str]) -> str:
+        """The flag whose value no float holds: the last one of the shortest beginning that overflows."""
+        import argparse
+
+        for end in range(1, len(arguments)):
+            try:
+                self.parser.parse_args(arguments[:end])
+            except OverflowError:
+                arguments = arguments[:end]
+                break
+            except (argparse.ArgumentError, ConfigError):  # a flag that still lacks its value
+                continue
+        return next(word.split("=", 1)[0] for word in reversed(arguments) if word.startswith("--"))
 
     def _one_line(self, message: str) -> str:
         key = re.search(r'Parser key "([^"]+)"', message)
