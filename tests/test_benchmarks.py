@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.enlarge import write_enlarged
-from benchmarks.harness import provenance, speedup, write_json
+from benchmarks.harness import elsewhere, parser, provenance, speedup, write_json
 from benchmarks.plots import MET, MISSED, PLAIN, draw, panels_of
 
 
@@ -23,6 +23,19 @@ def test_figures_are_kept_with_hardware_versions_commit_and_date(tmp_path: Path)
     )
     assert report["environment"]["packages"]["elman"]
     json.dumps(provenance())
+
+
+def test_figures_are_kept_where_they_were_asked_for_though_trainings_work_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = parser("").parse_args(["--json", "x.json"])
+    with elsewhere() as folder:
+        assert Path.cwd() == folder.resolve()
+        write_json(options.json, [])
+    assert Path.cwd() == tmp_path
+    assert (tmp_path / "x.json").exists()
+    assert not folder.exists()
 
 
 def test_one_turn_has_a_median_and_more_have_quartiles() -> None:

@@ -7,13 +7,15 @@ one process, and a ratio is the median over the turns, with its quartiles.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,8 +102,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--threads", type=int, default=2, help="threads that torch uses")
     made.add_argument("--turns", type=int, default=7, help="turns that count")
-    made.add_argument("--json", type=Path, help="file to write the figures to, with hardware and versions")
+    made.add_argument("--json", type=_absolute, help="file to write the figures to, with hardware and versions")
     return made
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[Path]:
+    """Work in an empty folder, which goes afterwards: trainings put their store where one stands."""
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        yield Path(name)
 
 
 def provenance() -> dict[str, Any]:
@@ -115,6 +124,10 @@ def provenance() -> dict[str, Any]:
     date = datetime.now(UTC).isoformat(timespec="seconds")
     rest = {name: value for name, value in recorded().items() if name != "cpu"}
     return environment() | {"flags": sorted(set(flags)), "date": date} | code | rest
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).absolute()
 
 
 def _of_processor(field: str) -> str:

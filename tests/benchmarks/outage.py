@@ -13,11 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from harness import parser, speedup, write_json
+from harness import elsewhere, parser, speedup, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -51,9 +50,7 @@ def main() -> None:
     config = override(ExperimentConfig(), settings)
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     ends: dict[str, list[float]] = {mode: [] for mode in MODES}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.chdir(folder)
+    with elsewhere() as folder:
         server = Server(f"sqlite:///{folder / 'mlflow.db'}", folder)
         server.start()
         proxy = Proxy(server.port)

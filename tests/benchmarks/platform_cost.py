@@ -8,15 +8,13 @@ take turns with as many bare steps, so that other work on the machine disturbs b
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 import time
 from typing import Any
 
 import lightning as L
 import torch
-from harness import parser, task_step, write_json
+from harness import elsewhere, parser, task_step, write_json
 
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
@@ -72,8 +70,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     results = []
     print(f"{'hidden':>6} {'bare ms':>8} {'elman ms':>9} {'added ms':>9} {'share':>7}")
-    with tempfile.TemporaryDirectory() as name:
-        os.chdir(name)
+    with elsewhere():
         for hidden_size in (64, 256):
             config = config_of(hidden_size, PART * (options.turns + 2))
             watch = Watch(bare_step(config))

@@ -8,13 +8,11 @@ Each seed trains twice, and the pair is compared: both start from the same weigh
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import environment, parser, write_json
+from harness import elsewhere, environment, parser, write_json
 
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
@@ -43,18 +41,15 @@ def main() -> None:
     arguments.add_argument("--hidden-size", type=int, default=256, help="embedding and hidden units")
     arguments.add_argument("--batch-size", type=int, default=64, help="parallel streams")
     options = arguments.parse_args()
-    options.json = options.json and options.json.resolve()
     configs = [[config_of(options, seed, name) for name in PRECISIONS] for seed in range(1, options.seeds + 1)]
     print(environment())
     print(f"{'seed':>4} {'fp32':>8} {'bf16':>8} {'change':>8}")
     pairs = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with elsewhere():
         for single, half in configs:
             losses = [run_experiment(config).metrics["val/loss"] for config in (single, half)]
             pairs.append(losses)
             print(f"{single.seed:4} {losses[0]:8.4f} {losses[1]:8.4f} {losses[1] / losses[0] - 1:+8.3%}", flush=True)
-        os.chdir("/")
     single, half = zip(*pairs, strict=True)
     change = statistics.mean(half) / statistics.mean(single) - 1
     spread = statistics.stdev(single) / statistics.mean(single) if len(single) > 1 else 0.0

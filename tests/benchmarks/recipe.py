@@ -12,16 +12,14 @@ windows that are drawn at random and read without a state before them, as nanoGP
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import parser, write_json
+from harness import elsewhere, parser, write_json
 from torch.nn import functional as F
 
 from elman.config.schema import TrackingConfig
@@ -58,25 +56,23 @@ def curve(store: RunStore, run_id: str, begun: float) -> list[tuple[float, float
     return [(point.timestamp / 1000 - begun, point.value) for point in sorted(points, key=lambda p: p.step)]
 
 
-def run(options: Any, folder: Path) -> dict[str, Any]:
+def run(options: Any) -> dict[str, Any]:
     """One whole command, and what came of it."""
-    corpus = str(Path(options.corpus).absolute()) if Path(options.corpus).exists() else options.corpus
-    command = [sys.executable, "-m", "elman.cli", "train", "--config", str(options.config.absolute()),
-               "--corpus.name", corpus, "--corpus.validation_fraction", "0.1",
+    command = [sys.executable, "-m", "elman.cli", "train", "--config", str(options.config),
+               "--corpus.name", options.corpus, "--corpus.validation_fraction", "0.1",
                "--corpus.test_fraction", "0", "--json", "--trainer.threads", str(options.threads),
                *options.settings]  # fmt: skip
     begun = time.time()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.time() - begun
     if done.returncode:
         raise SystemExit(done.stderr)
     answer = json.loads(done.stdout)
-    os.chdir(folder)
     store = RunStore(TrackingConfig())
     points = curve(store, answer["run_id"], begun)
     reached = {str(target): next((at for at, loss in points if loss <= target), None) for target in options.targets}
     return {
-        "recipe": options.config.stem, "corpus": Path(corpus).name, "seconds": seconds,
+        "recipe": options.config.stem, "corpus": Path(options.corpus).name, "seconds": seconds,
         "tokens_per_second": answer["tokens_per_second"], "best": answer["metrics"]["val/loss"], "reached": reached,
         "windowed": windowed_loss(load_model(answer["run_id"], store), options.windows), "curve": points,
     }  # fmt: skip
@@ -91,12 +87,13 @@ def main() -> None:
     arguments.add_argument("--windows", type=int, default=512, help="windows drawn")
     arguments.add_argument("settings", nargs="*", help="more flags of elman train, after --")
     options = arguments.parse_args()
+    options.config = options.config.absolute()
+    options.corpus = str(Path(options.corpus).absolute()) if Path(options.corpus).exists() else options.corpus
     set_threads(options.threads)
     results = []
     for _ in range(options.turns):
-        with tempfile.TemporaryDirectory() as name:
-            result = run(options, Path(name))
-            os.chdir("/")
+        with elsewhere():
+            result = run(options)
         results.append(result)
         print(f"{result['recipe']} on {result['corpus']}: best {result['best']:.4f} nats, {result['seconds']:.0f} s "
               f"in all, {result['tokens_per_second']:,.0f} tokens/s; in windows of {WINDOW}: {result['windowed']:.4f}")

@@ -12,14 +12,12 @@ the others better too.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import environment, parser, rate, speedup, take_turns, task_step, write_json
+from harness import elsewhere, environment, parser, rate, speedup, take_turns, task_step, write_json
 
 from elman.config.schema import ExperimentConfig, ModelConfig, OptimizerConfig
 from elman.config.tree import build
@@ -99,8 +97,7 @@ def train_lengths(options: Any) -> list[dict[str, Any]]:
     pairs = [(length, name) for length in options.lengths for name in options.trained]
     configs = {pair: config_of(options, pair[1], pair[0]) for pair in pairs}
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with elsewhere():
         for length in options.lengths:
             line = f"{length:6} "
             for name in options.trained:
@@ -110,7 +107,6 @@ def train_lengths(options: Any) -> list[dict[str, Any]]:
                                 "tokens_per_second": done.tokens_per_second})  # fmt: skip
                 line += f"{bits:.4f} ({done.tokens_per_second:,.0f})".rjust(20)
             print(line, flush=True)
-        os.chdir("/")
     return results
 
 
@@ -132,7 +128,6 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=1, help="of the trainings")
     arguments.add_argument("--corpus", help="a file or a corpus by name; else the embedded default")
     options = arguments.parse_args()
-    options.json = options.json and options.json.resolve()
     torch.set_num_threads(options.threads)
     print(environment())
     sizes = {name: count_parameters(model_of(name, options.hidden_size))["recurrent"] for name in CONTESTANTS}
