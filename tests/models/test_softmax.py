@@ -14,7 +14,7 @@ from torch import Tensor
 from elman.config.schema import ExperimentConfig, ModelConfig
 from elman.config.tree import build
 from elman.errors import ConfigError
-from elman.models import language_model, softmax
+from elman.models import fused_loss, language_model, softmax
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
 from elman.models.softmax import AdaptiveSoftmax, default_cutoffs, linear_loss, linear_scores
@@ -186,3 +186,17 @@ def test_logits_come_in_parts_where_the_vocabulary_is_large_or_clustered(
     assert tiny(softmax="adaptive", cutoffs=(2,)).scores_in_parts
     monkeypatch.setattr(language_model, "LARGE_VOCABULARY", 7)
     assert tiny().scores_in_parts
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_a_smaller_vocabulary_comes_in_parts_where_the_compiled_kernel_computes_it(
+    tie_weights: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tie_weights=tie_weights).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not model.scores_in_parts
+        monkeypatch.setattr(language_model, "FUSED_VOCABULARY", 7)
+        assert model.scores_in_parts == (fused_loss._kernels() is not None)
+        monkeypatch.setattr(fused_loss, "_kernels", lambda: None)
+        assert not model.scores_in_parts
+    assert not model.scores_in_parts

@@ -28,12 +28,15 @@ def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: P
     assert generator.beams("", GenerationConfig(length=5, beams=3))[0][1] < 0
 
 
+@pytest.mark.parametrize(
+    ("precision", "threshold", "rel"), [("fp32", "LARGE_VOCABULARY", 1e-4), ("bf16", "FUSED_VOCABULARY", 1e-3)]
+)
 def test_loss_in_parts_trains_to_the_figures_of_whole_logits(
-    workplace: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, threshold: str, rel: float, workplace: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision="fp32")
+    config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision=precision)
     whole = run_experiment(config, RunStore(TrackingConfig())).metrics
-    monkeypatch.setattr(language_model, "LARGE_VOCABULARY", 2)
+    monkeypatch.setattr(language_model, threshold, 2)
     parts = run_experiment(config, RunStore(TrackingConfig())).metrics
-    assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-4)
+    assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=rel)
     assert parts["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)

@@ -24,7 +24,15 @@ from elman.models.initialization import (
     initialize_output,
 )
 from elman.models.recurrent import RecurrentStack
-from elman.models.softmax import LARGE_VOCABULARY, AdaptiveSoftmax, default_cutoffs, linear_loss, linear_scores
+from elman.models.softmax import (
+    FUSED_VOCABULARY,
+    LARGE_VOCABULARY,
+    AdaptiveSoftmax,
+    default_cutoffs,
+    has_fused_loss,
+    linear_loss,
+    linear_scores,
+)
 from elman.models.state import State, expand, replace_rows
 from elman.models.transformer import TransformerStack
 
@@ -187,7 +195,9 @@ class LanguageModel(nn.Module):
     @property
     def scores_in_parts(self) -> bool:
         """Whether ``loss`` and ``scores`` are to be used instead of whole logits: adaptive, or many tokens."""
-        return self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY
+        if self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY:
+            return True
+        return self.vocabulary_size >= FUSED_VOCABULARY and has_fused_loss(self._output_weight)
 
     def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of the targets, summed, in nats, without whole logits; torch's ignore index is skipped."""
@@ -207,8 +217,11 @@ class LanguageModel(nn.Module):
         """What the exact output layer multiplies and adds: features, weight (V, ·) and bias (V,)."""
         if self.projection is not None:
             features_H = F.linear(features_H, self.projection.weight)
-        weight = self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight
-        return features_H, weight, self.output_bias
+        return features_H, self._output_weight, self.output_bias
+
+    @property
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Score the next token at every position.

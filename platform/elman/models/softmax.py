@@ -19,6 +19,9 @@ IGNORED = -100
 """Target that does not count, torch's own."""
 LARGE_VOCABULARY = 4096
 """From here on the logits are computed in chunks: below, the whole is as fast, and small."""
+FUSED_VOCABULARY = 1024
+"""From here on the compiled kernel is faster than the whole logits: 1.05 to 1.25 times a GRU's step, at 4,000 tokens
+1.3 to 1.5 times; at 256 it is slower."""
 CHUNK = 2048
 """Tokens of the vocabulary at a time: a few hundred rows of them stay in the cache."""
 KEPT_LOGITS = 2**27
@@ -41,6 +44,11 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
+
+
+def has_fused_loss(weight_VH: Tensor) -> bool:
+    """Whether the compiled kernel computes the loss with these weights, under the autocast of now."""
+    return is_fused(_product_type(weight_VH, weight_VH), weight_VH)
 
 
 class _LinearLoss(torch.autograd.Function):
