@@ -130,6 +130,24 @@ def test_sgd_moves_only_the_rows_of_a_large_embedding_that_occurred_and_as_the_d
     torch.testing.assert_close(sparse[:2], dense[:2], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("ceiling", [0.25, 1e6, None])
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_gradients_are_clipped_as_torch_clips_them_to_the_bit(ceiling: float | None, spoiled: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([torch.zeros(5, 3, requires_grad=True), torch.zeros(7, requires_grad=True)] for _ in range(2))
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.grad = torch.randn_like(mine)
+        if spoiled:
+            mine.grad[0] = torch.nan
+        other.grad = mine.grad.clone()
+    unused = torch.zeros(2, requires_grad=True)
+    norm = clip_gradients([*ours, unused], ceiling)
+    expected = torch.nn.utils.clip_grad_norm_([*theirs, unused], ceiling or torch.inf)
+    for found, wanted in [(norm, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert clip_gradients([unused], ceiling) == 0
+
+
 RULES = [{"name": "adamw"}, {"name": "sgd", "momentum": 0.9}, {"name": "nt_asgd"}]
 
 

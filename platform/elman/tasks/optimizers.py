@@ -37,16 +37,17 @@ def clip_gradients(parameters: Iterable[Tensor], ceiling: float | None) -> Tenso
     As torch's clip_grad_norm_, which cannot take sparse gradients with its fast loops.
     """
     limit = float("inf") if ceiling is None else ceiling
-    parameters = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not any(grad.is_sparse for grad in grads):
-        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    grads = []
     for p in parameters:
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad = p.grad.coalesce()  # a row that occurs twice counts by its sum
-    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+        if p.grad is not None:
+            if p.grad.is_sparse:
+                p.grad = p.grad.coalesce()  # a row that occurs twice counts by its sum
+            grads.append(p.grad._values() if p.grad.is_sparse else p.grad)
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    # Times one is nothing, but reads and writes them all; where asking would wait for a GPU, it is not asked.
+    if factor.device.type != "cpu" or factor != 1:
+        torch._foreach_mul_(grads, factor)
     return norm
 
 
