@@ -27,20 +27,23 @@ GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 class Bare(nn.Module):
     """What a tutorial has."""
 
-    def __init__(self, cell: str, hidden_size: int, num_layers: int) -> None:
+    def __init__(self, cell: str, hidden_size: int, num_layers: int, vocabulary_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY_SIZE, hidden_size)
+        self.embedding = nn.Embedding(vocabulary_size, hidden_size)
         kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
         self.recurrent = kind(hidden_size, hidden_size, num_layers, batch_first=True)
-        self.output = nn.Linear(hidden_size, VOCABULARY_SIZE)
+        self.output = nn.Linear(hidden_size, vocabulary_size)
 
     def forward(self, tokens_BT: Tensor, state: object) -> tuple[Tensor, object]:
         out_BTH, state = self.recurrent(self.embedding(tokens_BT), state)
         return self.output(out_BTH), state
 
 
-def bare_step(cell: str, hidden_size: int, num_layers: int, window: Window, *, autocast: bool) -> Callable[[], object]:
-    model = Bare(cell, hidden_size, num_layers)
+def bare_step(
+    cell: str, hidden_size: int, num_layers: int, window: Window, vocabulary_size: int = VOCABULARY_SIZE, *,
+    autocast: bool,
+) -> Callable[[], object]:  # fmt: skip
+    model = Bare(cell, hidden_size, num_layers, vocabulary_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     carry: list[object] = [None]
 
@@ -57,9 +60,11 @@ def bare_step(cell: str, hidden_size: int, num_layers: int, window: Window, *, a
     return step
 
 
-def elman_step(cell: str, hidden_size: int, num_layers: int, window: Window) -> Callable[[], object]:
+def elman_step(
+    cell: str, hidden_size: int, num_layers: int, window: Window, vocabulary_size: int = VOCABULARY_SIZE
+) -> Callable[[], object]:
     config = ModelConfig(cell=cell, embedding_size=hidden_size, hidden_size=hidden_size, num_layers=num_layers)
-    sizes = {"vocabulary_size": VOCABULARY_SIZE, "num_inputs": VOCABULARY_SIZE + 1, "start_id": VOCABULARY_SIZE}
+    sizes = {"vocabulary_size": vocabulary_size, "num_inputs": vocabulary_size + 1, "start_id": vocabulary_size}
     model = LanguageModel(config, **sizes, context_length=SEQUENCE_LENGTH)
     task = LanguageModeling(model, OptimizerConfig(), bits=None, sequence_length=SEQUENCE_LENGTH)
     return task_step(task, lambda: window, lambda: torch.autocast("cpu", torch.bfloat16))
@@ -70,10 +75,11 @@ def main() -> None:
     arguments.add_argument("--cells", nargs="+", choices=GATES, default=list(GATES), help="cells to measure")
     arguments.add_argument("--layers", nargs="+", type=int, default=[1, 2], help="numbers of layers to measure")
     arguments.add_argument("--hidden-size", type=int, default=512, help="embedding and hidden units")
+    arguments.add_argument("--vocabulary-size", type=int, default=VOCABULARY_SIZE, help="symbols")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    stream = torch.randint(VOCABULARY_SIZE, (BATCH_SIZE, SEQUENCE_LENGTH + 1))
+    stream = torch.randint(options.vocabulary_size, (BATCH_SIZE, SEQUENCE_LENGTH + 1))
     window = Window(stream[:, :-1].contiguous(), stream[:, 1:].contiguous(), None, False)
     peak = matrix_rate(torch.bfloat16)
     print(environment())
@@ -82,7 +88,7 @@ def main() -> None:
     results = []
     for num_layers in options.layers:
         for cell in options.cells:
-            size = (cell, options.hidden_size, num_layers, window)
+            size = (cell, options.hidden_size, num_layers, window, options.vocabulary_size)
             steps = {
                 "bare": bare_step(*size, autocast=False),
                 "autocast": bare_step(*size, autocast=True),
@@ -96,7 +102,7 @@ def main() -> None:
             spread = f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})"
             print(f"{cell:5} {num_layers:6} {figures}   {spread}", flush=True)
     for result in results:
-        result |= {"hidden_size": options.hidden_size, "matrix_rate": peak}
+        result |= {"hidden_size": options.hidden_size, "matrix_rate": peak, "vocabulary_size": options.vocabulary_size}
     write_json(options.json, results)
 
 

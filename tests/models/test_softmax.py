@@ -182,10 +182,10 @@ def test_what_contradicts_the_adaptive_softmax_is_refused_in_one_line(settings: 
 def test_logits_come_in_parts_where_the_vocabulary_is_large_or_clustered(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not tiny().scores_in_parts
-    assert tiny(softmax="adaptive", cutoffs=(2,)).scores_in_parts
+    assert not tiny().scores_in_parts(10**9)
+    assert tiny(softmax="adaptive", cutoffs=(2,)).scores_in_parts(1)
     monkeypatch.setattr(language_model, "LARGE_VOCABULARY", 7)
-    assert tiny().scores_in_parts
+    assert tiny().scores_in_parts(1)
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
@@ -194,9 +194,11 @@ def test_a_smaller_vocabulary_comes_in_parts_where_the_compiled_kernel_computes_
 ) -> None:
     model = tiny(tie_weights=tie_weights).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not model.scores_in_parts
+        assert not model.scores_in_parts(100)
         monkeypatch.setattr(language_model, "FUSED_VOCABULARY", 7)
-        assert model.scores_in_parts == (fused_loss._kernels() is not None)
+        monkeypatch.setattr(language_model, "FUSED_LOGITS", 7 * 100)
+        assert not model.scores_in_parts(99)
+        assert model.scores_in_parts(100) == (fused_loss._kernels() is not None)
         monkeypatch.setattr(fused_loss, "_kernels", lambda: None)
-        assert not model.scores_in_parts
-    assert not model.scores_in_parts
+        assert not model.scores_in_parts(100)
+    assert not model.scores_in_parts(100)

@@ -25,6 +25,7 @@ from elman.models.initialization import (
 )
 from elman.models.recurrent import RecurrentStack
 from elman.models.softmax import (
+    FUSED_LOGITS,
     FUSED_VOCABULARY,
     LARGE_VOCABULARY,
     AdaptiveSoftmax,
@@ -192,12 +193,12 @@ class LanguageModel(nn.Module):
             return self.adaptive.log_probabilities(features_H, self.output_bias)
         return F.linear(*self._output(features_H))
 
-    @property
-    def scores_in_parts(self) -> bool:
-        """Whether ``loss`` and ``scores`` are to be used instead of whole logits: adaptive, or many tokens."""
+    def scores_in_parts(self, num_targets: int) -> bool:
+        """Whether ``loss`` and ``scores`` are to be used for so many targets, instead of whole logits."""
         if self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY:
             return True
-        return self.vocabulary_size >= FUSED_VOCABULARY and has_fused_loss(self._output_weight)
+        pays = self.vocabulary_size >= FUSED_VOCABULARY and num_targets * self.vocabulary_size >= FUSED_LOGITS
+        return pays and has_fused_loss(self._output_weight)
 
     def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of the targets, summed, in nats, without whole logits; torch's ignore index is skipped."""

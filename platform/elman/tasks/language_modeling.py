@@ -88,7 +88,7 @@ def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def model_loss(model: LanguageModel, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
     """``summed_loss`` of the features, without whole logits where the vocabulary is large."""
-    if model.scores_in_parts:
+    if model.scores_in_parts(targets_BT.numel()):
         return model.loss(features_BTH, targets_BT)
     return summed_loss(model.project(features_BTH), targets_BT)
 
@@ -100,7 +100,7 @@ def _at_least_single(values: Tensor) -> Tensor:
 def score_window(model: LanguageModel, window: Windowed, state: State | None, tally: Tally) -> State:
     """Add one window's loss and accuracy to ``tally``; returns the carry."""
     _, dropped, state = unroll(model, window, state)
-    if model.scores_in_parts:
+    if model.scores_in_parts(window.targets_BT.numel()):
         loss, correct = model.scores(dropped, window.targets_BT)
     else:
         logits = model.project(dropped)
