@@ -17,6 +17,7 @@ from elman.data.datamodule import CorpusData, check_lengths
 from elman.errors import ConfigError, without_password
 from elman.models.count import count_parameters
 from elman.models.language_model import LanguageModel, build_model
+from elman.models.memory import keep_freed_memory
 from elman.tasks.generation import TextGenerator
 from elman.tasks.hardware import Precision, resolve_device, resolve_precision, set_threads
 from elman.tasks.language_modeling import LanguageModeling
@@ -302,6 +303,7 @@ def fit(
     validation, train = corpus.splits["validation"], corpus.splits["train"]
     assert isinstance(validation, PreparedSplit)
     data = CorpusData(corpus, config.data, config.seed)
+    keep_freed_memory()
     task = LanguageModeling(
         model,
         config.optimizer,
