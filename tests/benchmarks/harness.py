@@ -48,9 +48,6 @@ def task_step(task: Any, window: Callable[[], Any], precision: Any) -> Callable[
         window: Gives the next window.
         precision: A context manager factory, such as ``lambda: torch.autocast("cpu", torch.bfloat16)``.
     """
-    from elman.models.memory import keep_freed_memory
-
-    keep_freed_memory()
     optimizer = task.configure_optimizers()
 
     def step() -> None:
