@@ -113,6 +113,12 @@ def elsewhere() -> Iterator[Path]:
         yield Path(name)
 
 
+def corpus_name(given: str) -> str:
+    """What ``corpus.name`` is to be from any folder: a file's whole path, or a corpus by its own name."""
+    path = Path(given)
+    return str(path.absolute()) if path.exists() else given
+
+
 def provenance() -> dict[str, Any]:
     """``environment``, and all else that tells why figures differ: the processor's flags, packages, the code."""
     from elman.tracking.environment import code_state

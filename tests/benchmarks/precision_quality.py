@@ -9,10 +9,9 @@ Each seed trains twice, and the pair is compared: both start from the same weigh
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
-from harness import elsewhere, environment, parser, write_json
+from harness import corpus_name, elsewhere, environment, parser, write_json
 
 from elman.config.schema import ExperimentConfig
 from elman.config.tree import build
@@ -28,7 +27,7 @@ def config_of(options: Any, seed: int, precision: str) -> ExperimentConfig:
             "trainer.max_epochs": None, "trainer.max_steps": options.steps, "trainer.precision": precision,
             "trainer.threads": options.threads, "trainer.sample_length": 0}  # fmt: skip
     if options.corpus is not None:
-        flat["corpus.name"] = str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus
+        flat["corpus.name"] = corpus_name(options.corpus)
     return build(ExperimentConfig, flat)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import elsewhere, parser, write_json
+from harness import corpus_name, elsewhere, parser, write_json
 from torch.nn import functional as F
 
 from elman.config.schema import TrackingConfig
@@ -88,7 +88,7 @@ def main() -> None:
     arguments.add_argument("settings", nargs="*", help="more flags of elman train, after --")
     options = arguments.parse_args()
     options.config = options.config.absolute()
-    options.corpus = str(Path(options.corpus).absolute()) if Path(options.corpus).exists() else options.corpus
+    options.corpus = corpus_name(options.corpus)
     set_threads(options.threads)
     results = []
     for _ in range(options.turns):

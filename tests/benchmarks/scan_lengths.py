@@ -13,11 +13,10 @@ the others better too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import elsewhere, environment, parser, rate, speedup, take_turns, task_step, write_json
+from harness import corpus_name, elsewhere, environment, parser, rate, speedup, take_turns, task_step, write_json
 
 from elman.config.schema import ExperimentConfig, ModelConfig, OptimizerConfig
 from elman.config.tree import build
@@ -85,7 +84,7 @@ def config_of(options: Any, name: str, length: int) -> ExperimentConfig:
     else:
         flat["trainer.max_steps"] = options.train_tokens // options.train_step
     if options.corpus is not None:
-        flat["corpus.name"] = str(Path(options.corpus).resolve()) if Path(options.corpus).exists() else options.corpus
+        flat["corpus.name"] = corpus_name(options.corpus)
     return build(ExperimentConfig, flat)
 
 

@@ -40,9 +40,8 @@ class Bare(nn.Module):
 
 
 def bare_step(
-    cell: str, hidden_size: int, num_layers: int, window: Window, vocabulary_size: int = VOCABULARY_SIZE, *,
-    autocast: bool,
-) -> Callable[[], object]:  # fmt: skip
+    cell: str, hidden_size: int, num_layers: int, window: Window, vocabulary_size: int, *, autocast: bool
+) -> Callable[[], object]:
     model = Bare(cell, hidden_size, num_layers, vocabulary_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     carry: list[object] = [None]

@@ -195,8 +195,8 @@ def test_a_smaller_vocabulary_comes_in_parts_where_the_compiled_kernel_computes_
     model = tiny(tie_weights=tie_weights).float()
     with torch.autocast("cpu", torch.bfloat16):
         assert not model.scores_in_parts(100)
-        monkeypatch.setattr(language_model, "FUSED_VOCABULARY", 7)
-        monkeypatch.setattr(language_model, "FUSED_LOGITS", 7 * 100)
+        monkeypatch.setattr(softmax, "FUSED_VOCABULARY", 7)
+        monkeypatch.setattr(softmax, "FUSED_LOGITS", 7 * 100)
         assert not model.scores_in_parts(99)
         assert model.scores_in_parts(100) == (fused_loss._kernels() is not None)
         monkeypatch.setattr(fused_loss, "_kernels", lambda: None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from elman.config.schema import GenerationConfig, TrackingConfig
-from elman.models import language_model
+from elman.models import language_model, softmax
 from elman.tasks.generation import TextGenerator
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
@@ -29,15 +30,17 @@ def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: P
 
 
 @pytest.mark.parametrize(
-    ("precision", "threshold", "rel"), [("fp32", "LARGE_VOCABULARY", 1e-4), ("bf16", "FUSED_VOCABULARY", 1e-3)]
+    ("precision", "module", "threshold", "rel"),
+    [("fp32", language_model, "LARGE_VOCABULARY", 1e-4), ("bf16", softmax, "FUSED_VOCABULARY", 1e-3)],
 )
 def test_loss_in_parts_trains_to_the_figures_of_whole_logits(
-    precision: str, threshold: str, rel: float, workplace: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    precision: str, module: Any, threshold: str, rel: float, workplace: Path, text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision=precision)
     whole = run_experiment(config, RunStore(TrackingConfig())).metrics
-    monkeypatch.setattr(language_model, threshold, 2)
-    monkeypatch.setattr(language_model, "FUSED_LOGITS", 0)
+    monkeypatch.setattr(module, threshold, 2)
+    monkeypatch.setattr(softmax, "FUSED_LOGITS", 0)
     parts = run_experiment(config, RunStore(TrackingConfig())).metrics
     assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=rel)
     assert parts["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)

@@ -217,8 +217,8 @@ class Flags:
         except (argparse.ArgumentError, ConfigError) as error:
             raise ConfigError(self._one_line(str(error))) from None
         except OverflowError:  # an integer that no float holds: jsonargparse lets it through
-            limit = f"{sys.float_info.max:.1e}"
-            raise ConfigError(f"{self._overflowing(list(arguments))} must be at most {limit}, got more.") from None
+            flag, limit = self._overflowing(list(arguments)), f"{sys.float_info.max:.1e}"
+            raise ConfigError(f"{flag} must be at most {limit} in size, got more.") from None
         values = {name: namespace[name.replace('-', '_')] for name in [*self.known, *self._positional]}
         return values, {name: values[name] for name in given if name in values}
 

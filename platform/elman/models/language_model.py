@@ -25,12 +25,10 @@ from elman.models.initialization import (
 )
 from elman.models.recurrent import RecurrentStack
 from elman.models.softmax import (
-    FUSED_LOGITS,
-    FUSED_VOCABULARY,
     LARGE_VOCABULARY,
     AdaptiveSoftmax,
     default_cutoffs,
-    has_fused_loss,
+    kernel_pays,
     linear_loss,
     linear_scores,
 )
@@ -197,8 +195,7 @@ class LanguageModel(nn.Module):
         """Whether ``loss`` and ``scores`` are to be used for so many targets, instead of whole logits."""
         if self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY:
             return True
-        pays = self.vocabulary_size >= FUSED_VOCABULARY and num_targets * self.vocabulary_size >= FUSED_LOGITS
-        return pays and has_fused_loss(self._output_weight)
+        return kernel_pays(self._output_weight, num_targets)
 
     def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of the targets, summed, in nats, without whole logits; torch's ignore index is skipped."""

@@ -48,9 +48,11 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
     return loss
 
 
-def has_fused_loss(weight_VH: Tensor) -> bool:
-    """Whether the compiled kernel computes the loss with these weights, under the autocast of now."""
-    return is_fused(_product_type(weight_VH, weight_VH), weight_VH)
+def kernel_pays(weight_VH: Tensor, num_targets: int) -> bool:
+    """Whether the compiled kernel scores so many targets sooner than whole logits do, under the autocast of now."""
+    vocabulary_size = weight_VH.shape[0]
+    pays = vocabulary_size >= FUSED_VOCABULARY and num_targets * vocabulary_size >= FUSED_LOGITS
+    return pays and is_fused(_product_type(weight_VH, weight_VH), weight_VH)
 
 
 class _LinearLoss(torch.autograd.Function):
