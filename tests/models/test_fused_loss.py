@@ -13,17 +13,24 @@ from elman.models import fused_loss, softmax
 from elman.models.softmax import linear_loss, linear_scores
 from kernel_support import PRODUCTS, use_product
 
-SHAPES = [(1, 5, 3), (7, 11, 6), (16, 33, 32), (70, 500, 100), (130, 97, 40), (64, 192, 64)]
+SHAPES = [(1, 5, 3), (7, 11, 6), (16, 33, 32), (70, 500, 100), (130, 97, 40), (64, 192, 64), (600, 65, 24)]
 """Positions, tokens, hidden units."""
 
 
 @pytest.fixture(params=PRODUCTS, autouse=True)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel with each kind of product that it has."""
+    """The kernels with each kind of product that they have."""
     use_product(monkeypatch, fused_loss, request.param)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["small", "large"], autouse=True)
+def vocabulary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two kernels, whatever the vocabulary."""
+    monkeypatch.setattr(fused_loss, "LARGE_VOCABULARY", 0 if request.param == "large" else 10**6)
+    return str(request.param)
 
 
 def layer(positions: int, tokens: int, hidden_size: int) -> tuple[list[Tensor], Tensor]:
@@ -119,10 +126,34 @@ def test_a_target_that_is_no_token_is_refused() -> None:
             linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
 
 
-def test_a_loss_goes_backward_once() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradients_of_a_mean_are_those_of_the_sum_by_the_number_of_targets_that_count(scale: float) -> None:
+    tensors, targets_N = layer(70, 50, 32)
+    count = (targets_N != softmax.IGNORED).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    found = torch.autograd.grad(scale * (loss / count), tensors)
+    for ours, true in zip(found, exact(tensors, targets_N)[1:], strict=True):
+        assert distance(ours, true * scale / 0.3 / count) < 0.005
+
+
+def test_features_may_be_columns_of_wider_rows() -> None:
+    (features_NH, weight_VH, bias_V), targets_N = layer(40, 50, 32)
+    found = with_gradients([features_NH, weight_VH, bias_V], targets_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        for wider in (F.pad(features_NH.bfloat16(), (0, 7), value=torch.nan), features_NH.bfloat16().t().contiguous()):
+            columns = wider[:, :32] if wider.shape[0] == 40 else wider.t()
+            assert not columns.is_contiguous()
+            assert torch.equal(linear_loss(columns, weight_VH, bias_V, targets_N), found[0])
+
+
+def test_a_loss_goes_backward_once_or_every_time_alike(vocabulary: str) -> None:
     tensors, targets_N = layer(20, 50, 32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="goes backward once"):
-        loss.backward()
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    if vocabulary == "large":
+        with pytest.raises(RuntimeError, match="goes backward once"):
+            loss.backward()
+    else:
+        assert all(map(torch.equal, first, torch.autograd.grad(loss, tensors)))

@@ -189,16 +189,27 @@ def test_logits_come_in_parts_where_the_vocabulary_is_large_or_clustered(
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
-def test_a_smaller_vocabulary_comes_in_parts_where_the_compiled_kernel_computes_it(
-    tie_weights: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", ["small", "large"])
+def test_a_smaller_vocabulary_comes_in_parts_where_a_compiled_kernel_pays(
+    kernel: str, tie_weights: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(tie_weights=tie_weights).float()
+    monkeypatch.setattr(softmax, "FUSED_LOGITS", 7 * 100)
+    monkeypatch.setattr(softmax, "FUSED_TARGETS", 100)
+    if kernel == "large":
+        monkeypatch.setattr(fused_loss, "LARGE_VOCABULARY", 7)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not model.scores_in_parts(100)
-        monkeypatch.setattr(softmax, "FUSED_VOCABULARY", 7)
-        monkeypatch.setattr(softmax, "FUSED_LOGITS", 7 * 100)
         assert not model.scores_in_parts(99)
         assert model.scores_in_parts(100) == (fused_loss._kernels() is not None)
         monkeypatch.setattr(fused_loss, "_kernels", lambda: None)
         assert not model.scores_in_parts(100)
     assert not model.scores_in_parts(100)
+
+
+def test_a_small_vocabulary_comes_whole_where_targets_are_fewer_than_twice_the_hidden_units(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(softmax, "is_fused", lambda *_: True)
+    weight_VH = torch.empty(50, 300)
+    assert not softmax.kernel_pays(weight_VH, 599)
+    assert softmax.kernel_pays(weight_VH, 600)

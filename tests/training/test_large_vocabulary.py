@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elman.config.schema import GenerationConfig, TrackingConfig
-from elman.models import language_model, softmax
+from elman.models import fused_loss, language_model, softmax
 from elman.tasks.generation import TextGenerator
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
@@ -29,18 +29,27 @@ def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: P
     assert generator.beams("", GenerationConfig(length=5, beams=3))[0][1] < 0
 
 
+WHOLE = [(softmax, "FUSED_TARGETS", 10**9)]
+IN_CHUNKS = [(language_model, "LARGE_VOCABULARY", 2)]
+BY_SMALL_KERNEL = [(softmax, "FUSED_TARGETS", 0)]
+BY_LARGE_KERNEL = [(fused_loss, "LARGE_VOCABULARY", 0), (softmax, "FUSED_LOGITS", 0)]
+
+
 @pytest.mark.parametrize(
-    ("precision", "module", "threshold", "rel"),
-    [("fp32", language_model, "LARGE_VOCABULARY", 1e-4), ("bf16", softmax, "FUSED_VOCABULARY", 1e-3)],
+    ("precision", "parts", "rel"),
+    [("fp32", IN_CHUNKS, 1e-4), ("bf16", BY_SMALL_KERNEL, 1e-3), ("bf16", BY_LARGE_KERNEL, 1e-3)],
+    ids=["chunks", "small kernel", "large kernel"],
 )
 def test_loss_in_parts_trains_to_the_figures_of_whole_logits(
-    precision: str, module: Any, threshold: str, rel: float, workplace: Path, text_file: Path,
+    precision: str, parts: list[tuple[Any, str, int]], rel: float, workplace: Path, text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision=precision)
+    for module, threshold, value in WHOLE:
+        monkeypatch.setattr(module, threshold, value)
     whole = run_experiment(config, RunStore(TrackingConfig())).metrics
-    monkeypatch.setattr(module, threshold, 2)
-    monkeypatch.setattr(softmax, "FUSED_LOGITS", 0)
-    parts = run_experiment(config, RunStore(TrackingConfig())).metrics
-    assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=rel)
-    assert parts["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)
+    for module, threshold, value in parts:
+        monkeypatch.setattr(module, threshold, value)
+    found = run_experiment(config, RunStore(TrackingConfig())).metrics
+    assert found["val/loss"] == pytest.approx(whole["val/loss"], rel=rel)
+    assert found["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)

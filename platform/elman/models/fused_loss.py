@@ -1,4 +1,7 @@
-"""The loss of a linear layer over a large vocabulary in bfloat16, by the compiled kernel of linear_loss.cpp.
+"""The loss of a linear layer in bfloat16, by the compiled kernels of linear_loss.cpp.
+
+One serves large vocabularies, whose weights pass through the cache once; the other small ones, whose
+weights stay there: it goes over the text once, and computes the gradients of a mean with the loss.
 
 Shape suffixes: N positions of the text, P of them padded for the kernel, H hidden, V vocabulary.
 """
@@ -24,6 +27,10 @@ ROWS = 96
 SAVED = ("weight", "bias", "features", "targets", "tops", "lse", "found")
 
 
+LARGE_VOCABULARY = 2048
+"""From here on the kernel for large ones is as fast as the one for small ones."""
+
+
 class _Loss(ctypes.Structure):
     """struct Loss of linear_loss.cpp."""
 
@@ -34,6 +41,21 @@ class _Loss(ctypes.Structure):
             for name in (
                 *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted"),
                 *("lse", "found", "factors", "d_weight", "d_bias", "d_features", "gathered"),
+            )
+        ),
+    )
+
+
+class _SmallLoss(ctypes.Structure):
+    """struct SmallLoss of linear_loss.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "stride", "tiles")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("weight", "bias", "features", "targets", "predicted", "losses", "left"),
+                *("factor", "right", "sums", "d_weight", "d_bias", "d_features"),
             )
         ),
     )
@@ -59,7 +81,8 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
         IndexError: A target is no token.
     """
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
-    loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
+    kind = _FusedSmallLoss if is_small(weight_VH) else _FusedLoss
+    loss: Tensor = kind.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -69,8 +92,17 @@ def fused_scores(
     """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
     predicted_N = torch.empty_like(targets_N)
-    call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=None, predicted_N=predicted_N)
-    return _summed(call, counts_N), (predicted_N == targets_N).sum()
+    if is_small(weight_VH):
+        loss = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)[0]
+    else:
+        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=None, predicted_N=predicted_N)
+        loss = _summed(call, counts_N)
+    return loss, (predicted_N == targets_N).sum()
+
+
+def is_small(weight_VH: Tensor) -> bool:
+    """Whether the kernel for small vocabularies serves these weights."""
+    return weight_VH.shape[0] < LARGE_VOCABULARY
 
 
 def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
@@ -120,6 +152,78 @@ class _FusedLoss(torch.autograd.Function):
         }
         _call(call, is_forward=False)
         return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
+
+
+class _FusedSmallLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
+    ) -> Tensor:
+        # The sum will be divided by the number of targets: what is wanted later are the gradients of the mean.
+        ctx.factor = counts_N.sum().float().reciprocal() if any(ctx.needs_input_grad) else None
+        loss, ctx.gradients = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        if d_loss != ctx.factor:  # another scale was wanted
+            gradients = [gradient * (d_loss / ctx.factor) for gradient in gradients]
+        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+        return *(gradient if wants else None for gradient, wants in wanted), None, None
+
+
+def _small(
+    features_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    targets_N: Tensor,
+    counts_N: Tensor,
+    *,
+    factor: Tensor | None = None,
+    predicted_N: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and with a factor its product with the gradients: of features, weights and biases."""
+    features_NH = features_NH.detach().to(torch.bfloat16)
+    if features_NH.stride(1) != 1:
+        features_NH = features_NH.contiguous()
+    (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
+    threads, padded = torch.get_num_threads(), _padded(hidden_size, 2 * LANES)
+    losses_N = torch.empty(num_positions)
+    call: dict[str, Tensor | None] = {
+        "weight": weight_VH.detach().contiguous(),
+        "bias": bias_V.detach().contiguous(),
+        "features": features_NH,
+        "targets": torch.where(counts_N, targets_N, -1),
+        "predicted": predicted_N,
+        "losses": losses_N,
+        "left": torch.empty(vocabulary_size, padded, dtype=torch.bfloat16),
+    }
+    gradients = []
+    if factor is not None:
+        gradients = [
+            pooled((num_positions, hidden_size), torch.bfloat16),
+            torch.empty_like(weight_VH, memory_format=torch.contiguous_format),
+            torch.empty_like(bias_V),
+        ]
+        call |= dict(zip(("d_features", "d_weight", "d_bias"), gradients, strict=True))
+        call["factor"] = factor
+        call["right"] = torch.empty(_padded(vocabulary_size, 2), padded, dtype=torch.bfloat16)
+        call["sums"] = torch.empty(threads, vocabulary_size, padded + LANES)
+    loss = _SmallLoss(
+        threads=threads,
+        positions=num_positions,
+        hidden=hidden_size,
+        vocabulary=vocabulary_size,
+        stride=features_NH.stride(0),
+        tiles=_has_tiles(),
+        **{name: tensor.data_ptr() for name, tensor in call.items() if tensor is not None},
+    )
+    library = _kernels()
+    assert library is not None
+    library.elman_small_loss(ctypes.byref(loss))
+    return losses_N.sum(), gradients
 
 
 def _forward(

@@ -1,16 +1,19 @@
-// Cross-entropy of a linear layer over a large vocabulary, forward and backward, in bfloat16 products.
+// Cross-entropy of a linear layer, forward and backward, in bfloat16 products with sums in float32.
 //
-// The scores are computed transposed, a token of the vocabulary in a row and the positions of the text in
-// its columns: so the weights are the left factor as they lie in memory, and the sums of exponentials run
-// down the columns. A block of rows at a time passes through the cache: multiplied, summed, and its
-// exponentials kept where backward will want them, relative to the largest score that was known by then.
-// Backward turns them into the scores' gradients in place, and multiplies those with the features for the
-// weights' gradient, which is written once, in float32; and with the weights for the features' gradient,
-// where each thread has positions of its own.
+// What threads add up depends on their number, and on nothing else.
 //
-// Positions are padded to a multiple of 16 and lie in panels of at most 64, H to a multiple of 32, and V,
-// where it is summed over, to a multiple of 32, with zeros. Sums are in float32. What threads add up
-// depends on their number, and on nothing else.
+// A large vocabulary: the scores are computed transposed, a token of the vocabulary in a row and the
+// positions of the text in its columns: so the weights are the left factor as they lie in memory, and the
+// sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
+// summed, and its exponentials kept where backward will want them, relative to the largest score that was
+// known by then. Backward turns them into the scores' gradients in place, and multiplies those with the
+// features for the weights' gradient, which is written once, in float32; and with the weights for the
+// features' gradient, where each thread has positions of its own. Positions are padded to a multiple of 16
+// and lie in panels of at most 64, H to a multiple of 32, and V, where it is summed over, to a multiple of
+// 32, with zeros.
+//
+// A small vocabulary, whose weights stay in the cache: each thread has positions of its own, and does all
+// that there is to do with some of them, the gradients too, before it goes on to the next.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,7 +23,7 @@
 #include "products.h"
 #include "threads.h"
 
-// A call, as Python describes it. Pointers that a call does not need are null.
+// A call for a large vocabulary, as Python describes it. Pointers that a call does not need are null.
 struct Loss {
     int64_t threads, positions, hidden, vocabulary, panels, tiles;
     const float* weight;     // (V, H)
@@ -42,9 +45,30 @@ struct Loss {
     float* gathered;         // H × N, padded: panels of its transpose
 };
 
+// The same for a small one.
+struct SmallLoss {
+    int64_t threads, positions, hidden, vocabulary, stride, tiles;
+    const float* weight;     // (V, H)
+    const float* bias;       // (V)
+    const Bits* features;    // (N, stride), of which H columns count
+    const int64_t* targets;  // (N); negative ones do not count
+    int64_t* predicted;      // (N): tokens of the largest scores, or null
+    float* losses;           // (N): zero for targets that do not count
+    Bits* left;              // V × H, padded: the weights as the left factor
+    // With gradients only.
+    const float* factor;     // of every gradient
+    Bits* right;             // V × H, padded: the weights as the right factor
+    float* sums;             // (threads, V, H padded + LANES): the threads' parts of the weights' and biases' gradients
+    float* d_weight;         // (V, H)
+    float* d_bias;           // (V)
+    Bits* d_features;        // (N, H)
+};
+
 namespace {
 
 thread_local Scratch scratch;
+
+// Large vocabularies -----------------------------------------------------------------------
 
 constexpr long ROWS = 96;   // of the vocabulary at a time, where positions or hidden units are summed over
 constexpr long DEEP = 256;  // of the vocabulary at a time, where it is
@@ -82,7 +106,8 @@ struct Part {
 };
 
 // Sixteen weights of a row, zeros beyond the real ones.
-inline Floats weights_at(const Loss& l, long row, long column) {
+template <class Call>
+inline Floats weights_at(const Call& l, long row, long column) {
     Floats values{};
     if (row >= l.vocabulary || column >= l.hidden) return values;
     const float* from = l.weight + row * l.hidden + column;
@@ -321,6 +346,220 @@ void backward(const Sizes& s, Barrier& barrier) {
     if (s.l.d_features) differentiate_features(s);
 }
 
+// Small vocabularies -----------------------------------------------------------------------
+
+constexpr long GROUP = 256;         // positions whose gradients are summed over together
+constexpr long PANEL = 4 * LANES;   // positions or hidden units whose sums are computed together, at most
+
+// As many values of a position's features as ``Vector`` holds, zeros beyond the real ones.
+template <class Vector>
+inline Vector features_at(const SmallLoss& l, long position, long unit) {
+    const long count = sizeof(Vector) / sizeof(Bits);
+    const Bits* const from = l.features + position * l.stride + unit;
+    Vector values{};
+    if (position >= l.positions || unit >= l.hidden) return values;
+    if (unit + count <= l.hidden) return load<Vector>(from);
+    std::memcpy(&values, from, sizeof(Bits) * (l.hidden - unit));
+    return values;
+}
+
+// Values of two rows side by side.
+inline Words interleaved(Halves first, Halves second) {
+    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
+}
+
+// A thread's work on a small vocabulary.
+struct SmallWorker {
+    const SmallLoss& l;
+    const long h, v, pairs;  // hidden and vocabulary, padded; pairs of tokens
+    float* const own_sums;   // panels of (V, hidden units), then (V, LANES) of the biases'
+    Bits *by_unit, *by_position, *d, *turned;
+    float* c;
+
+    explicit SmallWorker(const SmallLoss& loss)
+        : l(loss), h(up(loss.hidden, 2 * LANES)), v(up(loss.vocabulary, 2 * LANES)), pairs((loss.vocabulary + 1) / 2),
+          own_sums(loss.sums ? loss.sums + omp_get_thread_num() * loss.vocabulary * (h + LANES) : nullptr) {
+        const long halves = PANEL * (h + GROUP + v) + v * GROUP;
+        by_unit = (Bits*)scratch.take(sizeof(Bits) * halves + sizeof(float) * std::max(l.vocabulary, PANEL) * PANEL);
+        by_position = by_unit + h * PANEL;   // PANEL × GROUP: features as the right factor, by pairs of positions
+        d = by_position + PANEL * GROUP;     // (v, GROUP): gradients of the scores
+        turned = d + v * GROUP;              // (PANEL, v): some of them, transposed
+        c = (float*)(turned + v * PANEL);
+    }
+
+    void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
+        (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
+    }
+    static long width(long begin, long end) { return std::min(PANEL, end - begin) / LANES; }  // in vectors
+
+    void pack_weights() const {
+        const Part rows(l.vocabulary, 1);
+        for (long row = rows.begin; row < rows.end; row++)
+            for (long unit = 0; unit < h; unit += LANES) to_bf16(l.left + row * h + unit, weights_at(l, row, unit));
+        if (!l.factor) return;
+        const Part units(h, PANEL);
+        for (long begin = units.begin; begin < units.end; begin += PANEL) {
+            Bits* to = l.right + begin * 2 * pairs;
+            for (long row = 0; row < 2 * pairs; row += 2)
+                for (long unit = begin; unit < begin + width(begin, h) * LANES; unit += LANES, to += 2 * LANES)
+                    store(to, paired(weights_at(l, row, unit), weights_at(l, row + 1, unit)));
+        }
+    }
+
+    // Scores (V, positions) of ``n`` vectors of positions.
+    void score(long first, long n) const {
+        for (long unit = 0; unit < h; unit += 2 * LANES)
+            for (long j = 0; j < n; j++) {
+                Words block[LANES];
+                for (long i = 0; i < LANES; i++) block[i] = features_at<Words>(l, first + j * LANES + i, unit);
+                transpose(block);
+                for (long i = 0; i < LANES; i++) store(by_unit + ((unit / 2 + i) * n + j) * 2 * LANES, block[i]);
+            }
+        for (long row = 0; row < l.vocabulary; row++)
+            for (long j = 0; j < n; j++) store(c + (row * n + j) * LANES, splat(l.bias[row]));
+        multiply(n, l.left, h, by_unit, h / 2, c, l.vocabulary);
+    }
+
+    // Losses of one vector of positions, whose scores are ``stride`` apart; with gradients their scores' into ``to``.
+    void differentiate(long first, float* scores, long stride, Bits* to) const {
+        const long count = std::min(LANES, l.positions - first);
+        Floats top = splat(-INFINITY), total{}, found{}, factors{};
+        Ints tokens{};
+        for (long row = 0; row < l.vocabulary; row++) {
+            const Floats score = load<Floats>(scores + row * stride);
+            const Ints higher = score > top;
+            tokens = (tokens & ~higher) | (((int32_t)row + Ints{}) & higher);
+            top = larger(top, score);
+        }
+        for (long i = 0; i < count; i++) {
+            const long target = l.targets[first + i];
+            if (l.predicted) l.predicted[first + i] = tokens[i];
+            if (target < 0) continue;
+            found[i] = scores[target * stride + i];
+            if (l.factor) factors[i] = *l.factor;
+        }
+        for (long row = 0; row < l.vocabulary; row++) {
+            const Floats part = exponential(load<Floats>(scores + row * stride) - top);
+            total += part;
+            store(scores + row * stride, part);
+        }
+        float lse[LANES];
+        for (long i = 0; i < count; i++) {
+            lse[i] = top[i] + std::log(total[i]);
+            l.losses[first + i] = l.targets[first + i] < 0 ? 0.0f : lse[i] - found[i];
+        }
+        if (!l.factor) return;
+        float* const d_bias = own_sums + l.vocabulary * h;
+        const Floats scale = factors / total;
+        for (long row = 0; row < l.vocabulary; row++) {
+            const Floats part = load<Floats>(scores + row * stride) * scale;
+            store(d_bias + row * LANES, load<Floats>(d_bias + row * LANES) + part);
+            to_bf16(to + row * GROUP, part);
+        }
+        // The target's own from scores that were never rounded: it is the smallest difference.
+        for (long i = 0; i < count; i++) {
+            const long target = l.targets[first + i];
+            if (target < 0) continue;
+            const float part = std::expm1(found[i] - lse[i]) * factors[i];
+            d_bias[target * LANES + i] += part - scores[target * stride + i] * scale[i];
+            Bits sixteen[LANES];
+            to_bf16(sixteen, splat(part));
+            to[target * GROUP + i] = sixteen[0];
+        }
+    }
+
+    // Gradients of the features of ``n`` vectors of positions, from those of their scores.
+    void differentiate_features(long first, long n, const Bits* from) const {
+        for (long row = 0; row < v; row += 2 * LANES)
+            for (long j = 0; j < n; j++) {
+                Words block[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    const Bits* const two = from + (row + 2 * i) * GROUP + j * LANES;
+                    block[i] = interleaved(load<Halves>(two), load<Halves>(two + GROUP));
+                }
+                transpose(block);
+                for (long i = 0; i < LANES; i++) store(turned + (j * LANES + i) * v + row, block[i]);
+            }
+        const long count = std::min(n * LANES, l.positions - first);
+        for (long begin = 0; begin < h; begin += PANEL) {
+            const long stride = width(begin, h) * LANES;
+            for (long i = first + PANEL; i < std::min(first + 2 * PANEL, l.positions); i++) {  // while this is computed
+                const Bits* const next = l.features + i * l.stride + begin;
+                __builtin_prefetch(next, 0, 2);
+                if (begin + 2 * LANES < l.hidden) __builtin_prefetch(next + 2 * LANES, 0, 2);
+            }
+            std::memset(c, 0, sizeof(float) * count * stride);
+            multiply(stride / LANES, turned, v, l.right + begin * 2 * pairs, pairs, c, count);
+            for (long i = 0; i < count; i++)
+                for (long unit = begin; unit < std::min(begin + stride, l.hidden); unit += LANES) {
+                    Bits* const to = l.d_features + (first + i) * l.hidden + unit;
+                    const Floats values = load<Floats>(c + i * stride + unit - begin);
+                    if (unit + LANES <= l.hidden) {
+                        to_bf16(to, values);
+                        continue;
+                    }
+                    Bits sixteen[LANES];
+                    to_bf16(sixteen, values);
+                    std::memcpy(to, sixteen, sizeof(Bits) * (l.hidden - unit));
+                }
+        }
+    }
+
+    // Adds a group's part of the weights' gradient.
+    void differentiate_weights(long first, long count) const {
+        for (long begin = 0; begin < h; begin += PANEL) {
+            const long n = width(begin, h);
+            for (long k = 0; k < count; k += 2)
+                for (long j = 0; j < n; j++) {
+                    const long unit = begin + j * LANES;
+                    const Halves even = features_at<Halves>(l, first + k, unit);
+                    const Halves odd = features_at<Halves>(l, first + k + 1, unit);
+                    store(by_position + (k / 2 * n + j) * 2 * LANES, interleaved(even, odd));
+                }
+            multiply(n, d, GROUP, by_position, count / 2, own_sums + begin * l.vocabulary, l.vocabulary);
+        }
+    }
+
+    void run(Barrier& barrier) const {
+        const long team = omp_get_num_threads(), size = l.vocabulary * (h + LANES);
+        pack_weights();
+        if (l.factor) {
+            std::fill(own_sums, own_sums + size, 0.0f);
+            std::memset(d + l.vocabulary * GROUP, 0, sizeof(Bits) * (v - l.vocabulary) * GROUP);
+        }
+        barrier.wait(team);
+        const Part part(up(l.positions, LANES), LANES);
+        for (long group = part.begin; group < part.end; group += GROUP) {
+            const long count = std::min(GROUP, part.end - group);
+            for (long at = 0; at < count; at += PANEL) {
+                const long first = group + at, n = width(at, count);
+                score(first, n);
+                for (long j = 0; j < n; j++)
+                    differentiate(first + j * LANES, c + j * LANES, n * LANES, d + at + j * LANES);
+                if (l.factor) differentiate_features(first, n, d + at);
+            }
+            if (l.factor) differentiate_weights(group, count);
+        }
+        if (!l.factor) return;
+        barrier.wait(team);
+        const Part rows(l.vocabulary, 1);
+        for (long row = rows.begin; row < rows.end; row++) {
+            float bias = 0.0f;
+            for (long t = 0; t < team; t++)
+                for (long lane = 0; lane < LANES; lane++)
+                    bias += l.sums[t * size + l.vocabulary * h + row * LANES + lane];
+            l.d_bias[row] = bias;
+            for (long unit = 0; unit < l.hidden; unit += LANES) {
+                const long begin = unit / PANEL * PANEL;
+                const float* from = l.sums + begin * l.vocabulary + row * width(begin, h) * LANES + unit - begin;
+                Floats sum{};
+                for (long t = 0; t < team; t++) sum += load<Floats>(from + t * size);
+                std::memcpy(l.d_weight + row * l.hidden + unit, &sum, sizeof(float) * std::min(LANES, l.hidden - unit));
+            }
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -333,6 +572,15 @@ void elman_linear_loss(const Loss* loss, int is_forward) {
 #pragma omp parallel num_threads(loss->threads)
     {
         (is_forward ? forward : backward)(sizes, barrier);
+        release_tiles();
+    }
+}
+
+void elman_small_loss(const SmallLoss* loss) {
+    Barrier barrier;
+#pragma omp parallel num_threads(loss->threads)
+    {
+        SmallWorker(*loss).run(barrier);
         release_tiles();
     }
 }

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.fused_loss import fused_loss, fused_scores, is_fused
+from elman.models.fused_loss import fused_loss, fused_scores, is_fused, is_small
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
 """Target that does not count, torch's own."""
 LARGE_VOCABULARY = 4096
 """From here on the logits are computed in chunks: below, the whole is as fast, and small."""
-FUSED_VOCABULARY = 1024
-"""From here on the compiled kernel is faster than whole logits: over 4,000 tokens it makes a step 1.1 to 4.2
-times as fast, the more the fewer the hidden units (512 to 64); over 256 up to 7 % slower."""
 FUSED_LOGITS = 2**19
-"""And where a window has so many logits: of fewer, whole ones are up to a tenth faster."""
+"""Of a large vocabulary, logits from which on the compiled kernel is faster than whole ones."""
+FUSED_TARGETS = 128
+"""Of a small one, targets from which on it is, if they are also twice the hidden units at least: with fewer, its
+threads' sums cost more than it saves."""
 CHUNK = 2048
 """Tokens of the vocabulary at a time: a few hundred rows of them stay in the cache."""
 KEPT_LOGITS = 2**27
@@ -42,7 +42,8 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         targets_N: Token ids; ``IGNORED`` ones do not count.
     """
     dtype = _product_type(features_NH, weight_VH)
-    if 0 < targets_N.shape[0] * weight_VH.shape[0] <= KEPT_LOGITS and is_fused(dtype, weight_VH):
+    num_logits = targets_N.shape[0] * weight_VH.shape[0]
+    if num_logits and (is_small(weight_VH) or num_logits <= KEPT_LOGITS) and is_fused(dtype, weight_VH):
         return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
@@ -50,8 +51,11 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
 
 def kernel_pays(weight_VH: Tensor, num_targets: int) -> bool:
     """Whether the compiled kernel scores so many targets sooner than whole logits do, under the autocast of now."""
-    vocabulary_size = weight_VH.shape[0]
-    pays = vocabulary_size >= FUSED_VOCABULARY and num_targets * vocabulary_size >= FUSED_LOGITS
+    vocabulary_size, hidden_size = weight_VH.shape
+    if is_small(weight_VH):
+        pays = num_targets >= max(FUSED_TARGETS, 2 * hidden_size)
+    else:
+        pays = num_targets * vocabulary_size >= FUSED_LOGITS
     return pays and is_fused(_product_type(weight_VH, weight_VH), weight_VH)
 
 
