@@ -35,7 +35,10 @@ class _Loss(ctypes.Structure):
     """struct Loss of linear_loss.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "panels", "tiles")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("threads", "positions", "hidden", "vocabulary", "stride", "panels", "tiles")
+        ),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -135,20 +138,20 @@ class _FusedLoss(torch.autograd.Function):
         call: dict[str, Tensor | None] = dict(zip(SAVED, ctx.saved_tensors, strict=True))
         kept, ctx.kept = ctx.kept, None
         weight_VH, bias_V, features_NH = ctx.saved_tensors[:3]
-        padded = kept.shape[1]
+        threads, padded, hidden_size = torch.get_num_threads(), kept.shape[1], _padded(weight_VH.shape[1], 2 * LANES)
         factors_P = torch.zeros(padded)
         factors_P[: features_NH.shape[0]] = ctx.counts_N * d_loss
         wants_features, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_weight_VH = pooled(weight_VH.shape, torch.float32) if wants_weight else None
         d_bias_V = torch.empty_like(bias_V)
-        d_features_NH = torch.empty(features_NH.shape) if wants_features else None
+        d_features_NH = torch.empty(features_NH.shape, dtype=torch.bfloat16) if wants_features else None
         call |= {
             "kept": kept,
             "factors": factors_P,
             "d_weight": d_weight_VH,
             "d_bias": d_bias_V,
             "d_features": d_features_NH,
-            "gathered": torch.empty(padded, _padded(weight_VH.shape[1], 2 * LANES)) if wants_features else None,
+            "gathered": torch.empty(threads, padded, hidden_size) if wants_features else None,
         }
         _call(call, is_forward=False)
         return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
@@ -185,9 +188,7 @@ def _small(
     predicted_N: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and with a factor its product with the gradients: of features, weights and biases."""
-    features_NH = features_NH.detach().to(torch.bfloat16)
-    if features_NH.stride(1) != 1:
-        features_NH = features_NH.contiguous()
+    features_NH = _rows(features_NH)
     (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
     threads, padded = torch.get_num_threads(), _padded(hidden_size, 2 * LANES)
     losses_N = torch.empty(num_positions)
@@ -239,7 +240,7 @@ def _forward(
     call: dict[str, Tensor | None] = {
         "weight": weight_VH.detach().contiguous(),
         "bias": bias_V.detach().contiguous(),
-        "features": features_NH.detach().to(torch.bfloat16).contiguous(),
+        "features": _rows(features_NH),
         "targets": targets_N.contiguous(),
         "kept": kept,
         "tops": None if kept is None else torch.empty(-(-weight_VH.shape[0] // ROWS), padded),
@@ -259,6 +260,12 @@ def _summed(call: dict[str, Tensor | None], counts_N: Tensor) -> Tensor:
     return ((lse_P - found_P)[: len(counts_N)] * counts_N).sum()
 
 
+def _rows(features_NH: Tensor) -> Tensor:
+    """The features as the kernels read them: bfloat16, each row in one piece."""
+    features_NH = features_NH.detach().to(torch.bfloat16)
+    return features_NH if features_NH.stride(1) == 1 else features_NH.contiguous()
+
+
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -276,6 +283,7 @@ def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
         positions=num_positions,
         hidden=hidden_size,
         vocabulary=weight.shape[0],
+        stride=features.stride(0),
         panels=min(_padded(-(-padded // (WIDEST * LANES)), threads), padded // LANES),  # threads get as many each
         tiles=_has_tiles(),
         **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},

@@ -6,9 +6,9 @@
 // positions of the text in its columns: so the weights are the left factor as they lie in memory, and the
 // sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
 // summed, and its exponentials kept where backward will want them, relative to the largest score that was
-// known by then. Backward turns them into the scores' gradients in place, and multiplies those with the
+// known by then. Backward turns a block of them into the scores' gradients, and multiplies those with the
 // features for the weights' gradient, which is written once, in float32; and with the weights for the
-// features' gradient, where each thread has positions of its own. Positions are padded to a multiple of 16
+// features' gradient, of which each thread has a sum of its own. Positions are padded to a multiple of 16
 // and lie in panels of at most 64, H to a multiple of 32, and V, where it is summed over, to a multiple of
 // 32, with zeros.
 //
@@ -25,13 +25,13 @@
 
 // A call for a large vocabulary, as Python describes it. Pointers that a call does not need are null.
 struct Loss {
-    int64_t threads, positions, hidden, vocabulary, panels, tiles;
+    int64_t threads, positions, hidden, vocabulary, stride, panels, tiles;
     const float* weight;     // (V, H)
     const float* bias;       // (V)
-    const Bits* features;    // (N, H)
+    const Bits* features;    // (N, stride), of which H columns count
     const int64_t* targets;  // (N)
     Bits* packed;            // N × H, padded: the features as the right factor
-    Bits* kept;              // V × N, padded: panels of the scores' exponentials, then of their gradients
+    Bits* kept;              // V × N, padded: panels of the scores' exponentials
     float* tops;             // (blocks of ROWS of V, N): what the exponentials are relative to; with kept
     float* sums;             // (threads, 3, N): the largest scores, sums of exponentials, and whose the largest are
     int64_t* predicted;      // (N): tokens of the largest scores, or null
@@ -41,8 +41,8 @@ struct Loss {
     const float* factors;    // (N): of the gradients, zero for padding and for targets that do not count
     float* d_weight;         // (V, H), or null
     float* d_bias;           // (V)
-    float* d_features;       // (N, H), or null
-    float* gathered;         // H × N, padded: panels of its transpose
+    Bits* d_features;        // (N, H), or null
+    float* gathered;         // (threads, H × N, padded): panels of the transpose of the threads' parts
 };
 
 // The same for a small one.
@@ -70,26 +70,29 @@ thread_local Scratch scratch;
 
 // Large vocabularies -----------------------------------------------------------------------
 
-constexpr long ROWS = 96;   // of the vocabulary at a time, where positions or hidden units are summed over
-constexpr long DEEP = 256;  // of the vocabulary at a time, where it is
+constexpr long ROWS = 96;          // of the vocabulary at a time
+
+constexpr long PANEL = 4 * LANES;  // positions or hidden units whose sums are computed together, at most
 
 inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline long width(long begin, long end) { return std::min(PANEL, up(end - begin, LANES)) / LANES; }  // in vectors
 
 struct Sizes {
     const Loss& l;
     long n, h, v;   // padded
+    long pairs;     // of hidden units that are multiplied: whole tiles of them
     long vectors;   // of positions
 
     explicit Sizes(const Loss& loss) : l(loss) {
         n = up(l.positions, LANES);
         h = up(l.hidden, 2 * LANES);
         v = up(l.vocabulary, 2 * LANES);
+        pairs = l.tiles ? h / 2 : (l.hidden + 1) / 2;
         vectors = n / LANES;
     }
     long first(long panel) const { return vectors * panel / l.panels; }
     long width(long panel) const { return first(panel + 1) - first(panel); }  // in vectors
     Bits* kept(long panel) const { return l.kept + first(panel) * LANES * v; }
-    float* gathered(long panel) const { return l.gathered + first(panel) * LANES * h; }
     void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
         (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
     }
@@ -116,34 +119,43 @@ inline Floats weights_at(const Call& l, long row, long column) {
     return values;
 }
 
-inline uint32_t feature(const Loss& l, long position, long unit) {
-    return position < l.positions && unit < l.hidden ? l.features[position * l.hidden + unit] : 0;
+// As many values of a position's features as ``Vector`` holds, zeros beyond the real ones.
+template <class Vector, class Call>
+inline Vector features_at(const Call& l, long position, long unit) {
+    const long count = sizeof(Vector) / sizeof(Bits);
+    const Bits* const from = l.features + position * l.stride + unit;
+    Vector values{};
+    if (position >= l.positions || unit >= l.hidden) return values;
+    if (unit + count <= l.hidden) return load<Vector>(from);
+    std::memcpy(&values, from, sizeof(Bits) * (l.hidden - unit));
+    return values;
 }
 
-// The features for the scores: per panel of positions (pairs of hidden units, positions, 2).
-void pack_by_position(const Sizes& s) {
-    const Part part(s.l.panels, 1);
-    for (long p = part.begin; p < part.end; p++) {
-        Bits* to = s.l.packed + s.first(p) * LANES * s.h;
-        for (long k = 0; k < s.h; k += 2)
-            for (long position = s.first(p) * LANES; position < s.first(p + 1) * LANES; position++, to += 2) {
-                const uint32_t pair = feature(s.l, position, k) | feature(s.l, position, k + 1) << 16;
-                std::memcpy(to, &pair, sizeof pair);
-            }
-    }
+// Values of two rows side by side.
+inline Words interleaved(Halves first, Halves second) {
+    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
 }
 
-// The features for the weights' gradient: per panel of 64 hidden units (pairs of positions, units, 2).
-void pack_by_unit(const Sizes& s) {
-    const Part part(s.h, 4 * LANES);
-    for (long begin = part.begin; begin < part.end; begin += 4 * LANES) {
-        Bits* to = s.l.packed + begin * s.n;
-        for (long k = 0; k < s.n; k += 2)
-            for (long unit = begin; unit < std::min(begin + 4 * LANES, s.h); unit++, to += 2) {
-                const uint32_t pair = feature(s.l, k, unit) | feature(s.l, k + 1, unit) << 16;
-                std::memcpy(to, &pair, sizeof pair);
-            }
-    }
+// ``n`` vectors of positions, as the right factor of what is summed over hidden units: (pairs of these, positions, 2).
+template <class Call>
+void pack_by_position(const Call& l, long first, long n, Bits* to) {
+    for (long unit = 0; unit < l.hidden; unit += 2 * LANES)
+        for (long j = 0; j < n; j++) {
+            Words block[LANES];
+            for (long i = 0; i < LANES; i++) block[i] = features_at<Words>(l, first + j * LANES + i, unit);
+            transpose(block);
+            for (long i = 0; i < LANES; i++) store(to + ((unit / 2 + i) * n + j) * 2 * LANES, block[i]);
+        }
+}
+
+// ``n`` vectors of hidden units, as the right factor of what is summed over positions: (pairs of these, units, 2).
+template <class Call>
+void pack_by_unit(const Call& l, long first, long count, long unit, long n, Bits* to) {
+    for (long k = first; k < first + count; k += 2)
+        for (long j = 0; j < n; j++, to += 2 * LANES) {
+            const Halves even = features_at<Halves>(l, k, unit + j * LANES);
+            store(to, interleaved(even, features_at<Halves>(l, k + 1, unit + j * LANES)));
+        }
 }
 
 // One vector of positions: adds the rows' exponentials to the sums so far, and keeps them.
@@ -180,9 +192,11 @@ void forward(const Sizes& s, Barrier& barrier) {
     int32_t* const whose = l.predicted ? (int32_t*)(sum + s.n) : nullptr;
     std::fill(largest, largest + s.n, -INFINITY);
     std::fill(sum, sum + 2 * s.n, 0.0f);
-    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * 4 * LANES);
+    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * PANEL);
     float* const c = (float*)(a + ROWS * s.h);
-    pack_by_position(s);
+    const Part panels(l.panels, 1);
+    for (long p = panels.begin; p < panels.end; p++)
+        pack_by_position(l, s.first(p) * LANES, s.width(p), l.packed + s.first(p) * LANES * s.h);
     barrier.wait(team);
     const Part part(l.vocabulary, ROWS);
     for (long begin = part.begin; begin < part.end; begin += ROWS) {
@@ -193,7 +207,7 @@ void forward(const Sizes& s, Barrier& barrier) {
             const long width = s.width(p), stride = width * LANES, first = s.first(p) * LANES;
             for (long row = 0; row < rows; row++)
                 for (long v = 0; v < width; v++) store(c + row * stride + v * LANES, splat(l.bias[begin + row]));
-            s.multiply(width, a, s.h, l.packed + first * s.h, s.h / 2, c, rows);
+            s.multiply(width, a, s.h, l.packed + first * s.h, s.pairs, c, rows);
             for (long position = first; position < std::min(first + stride, l.positions); position++) {
                 const long row = l.targets[position] - begin;
                 if (row >= 0 && row < rows) l.found[position] = c[row * stride + position - first];
@@ -227,146 +241,166 @@ void forward(const Sizes& s, Barrier& barrier) {
     }
 }
 
+// The first ``count`` of sixteen values, or all.
+inline void store_bf16(Bits* to, Floats values, long count) {
+    if (count >= LANES) return to_bf16(to, values);
+    Bits sixteen[LANES];
+    to_bf16(sixteen, values);
+    std::memcpy(to, sixteen, sizeof(Bits) * count);
+}
+
 // What makes probabilities, times their factors, of a block's exponentials.
 inline Floats scale_at(const Sizes& s, long block, long position) {
     const Floats top = load<Floats>(s.l.tops + block * s.n + position);
     return exponential(top - load<Floats>(s.l.lse + position)) * load<Floats>(s.l.factors + position);
 }
 
-// Two rows of the vocabulary: their exponentials become the gradients of the scores, in pairs where they
-// were kept and row by row in ``rows`` beside it; adds up the biases' gradients.
-void differentiate(const Sizes& s, long row, const float* scales, Bits* rows) {
-    const Loss& l = s.l;
-    Floats d_bias[2] = {};
-    for (long p = 0; p < l.panels; p++) {
-        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
-        Bits* const kept = s.kept(p) + row * stride;
-        Bits parts[8 * LANES];
-        std::memcpy(parts, kept, sizeof(Bits) * 2 * stride);
-        for (long v = 0; v < stride; v += LANES) {
-            Floats d[2];
-            for (long i = 0; i < 2; i++) {
-                d[i] = Floats{};
-                if (row + i >= l.vocabulary) continue;
-                d[i] = from_bf16(parts + i * stride + v) * load<Floats>(scales + first + v);
-                d_bias[i] += d[i];
-                to_bf16(rows + i * s.n + first + v, d[i]);
+// A thread's work of backward: the rows of the vocabulary that it has, and its part of the features' gradient.
+struct BackwardWorker {
+    const Sizes& s;
+    const Loss& l;
+    Bits *rows, *pairs, *turned;
+    float *c, *scales, *gathered;
+
+    explicit BackwardWorker(const Sizes& sizes) : s(sizes), l(sizes.l) {
+        const long halves = ROWS * (2 * s.n + s.h), floats = ROWS * PANEL + s.n;
+        rows = (Bits*)scratch.take(sizeof(Bits) * halves + sizeof(float) * floats);
+        pairs = rows + ROWS * s.n;    // gradients of a block's scores as the right factor; ``rows`` as the left
+        turned = pairs + ROWS * s.n;  // (h, ROWS): the block's weights, transposed
+        c = (float*)(turned + ROWS * s.h);
+        scales = c + ROWS * PANEL;
+        gathered = l.gathered ? l.gathered + omp_get_thread_num() * s.h * s.n : nullptr;
+    }
+
+    Bits* panel_pairs(long panel) const { return pairs + s.first(panel) * LANES * ROWS; }
+
+    // A block's exponentials become the gradients of the scores; adds up the biases' gradients.
+    void differentiate(long begin, long end) const {
+        Floats d_bias[ROWS] = {};
+        for (long p = 0; p < l.panels; p++) {
+            const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
+            const Bits* parts = s.kept(p) + begin * stride;
+            Bits *to = rows + first, *to_pairs = panel_pairs(p);
+            for (long row = begin; row < end; row += 2, parts += 2 * stride, to += 2 * s.n, to_pairs += 2 * stride)
+                for (long v = 0; v < stride; v += LANES) {
+                    Floats d[2] = {};
+                    for (long i = 0; i < 2 && row + i < l.vocabulary; i++) {
+                        d[i] = from_bf16(parts + i * stride + v) * load<Floats>(scales + first + v);
+                        d_bias[row + i - begin] += d[i];
+                    }
+                    for (long i = 0; i < 2; i++) to_bf16(to + i * s.n + v, d[i]);
+                    store(to_pairs + 2 * v, paired(d[0], d[1]));
+                }
+        }
+        for (long row = begin; row < std::min(end, l.vocabulary); row++) {
+            float total = 0.0f;
+            for (long lane = 0; lane < LANES; lane++) total += d_bias[row - begin][lane];
+            l.d_bias[row] = total;
+        }
+    }
+
+    // The targets' own gradients, from scores that were never rounded: they are the smallest differences.
+    void differentiate_targets(long begin, long end) const {
+        for (long p = 0; p < l.panels; p++) {
+            const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
+            for (long position = first; position < std::min(first + stride, l.positions); position++) {
+                const long row = l.targets[position];
+                if (row < begin || row >= end) continue;
+                const float found = l.found[position], lse = l.lse[position], factor = l.factors[position];
+                const float d = std::expm1(found - lse) * factor;
+                const float top = l.tops[begin / ROWS * s.n + position];
+                Bits sixteen[LANES];
+                to_bf16(sixteen, exponential(splat(found - top)));
+                l.d_bias[row] += d - from_bf16(sixteen)[0] * scales[position];  // what was added before
+                to_bf16(sixteen, splat(d));
+                const long at = row - begin;
+                panel_pairs(p)[(at & ~1L) * stride + 2 * (position - first) + (at & 1)] = sixteen[0];
+                rows[at * s.n + position] = sixteen[0];
             }
-            store(kept + 2 * v, paired(d[0], d[1]));
         }
     }
-    for (long i = 0; i < 2 && row + i < l.vocabulary; i++) {
-        float total = 0.0f;
-        for (long lane = 0; lane < LANES; lane++) total += d_bias[i][lane];
-        l.d_bias[row + i] = total;
-    }
-}
 
-// The targets' own gradients, from scores that were never rounded: they are the smallest differences.
-void differentiate_targets(const Sizes& s, long begin, long end, const float* scales, Bits* rows) {
-    const Loss& l = s.l;
-    for (long p = 0; p < l.panels; p++) {
-        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
-        for (long position = first; position < std::min(first + stride, l.positions); position++) {
-            const long row = l.targets[position];
-            if (row < begin || row >= end) continue;
-            const float found = l.found[position], lse = l.lse[position], factor = l.factors[position];
-            const float d = std::expm1(found - lse) * factor;
-            const float top = l.tops[begin / ROWS * s.n + position];
-            Bits sixteen[LANES];
-            to_bf16(sixteen, exponential(splat(found - top)));
-            l.d_bias[row] += d - from_bf16(sixteen)[0] * scales[position];  // what was added before
-            to_bf16(sixteen, splat(d));
-            s.kept(p)[(row & ~1L) * stride + 2 * (position - first) + (row & 1)] = sixteen[0];
-            rows[(row - begin) * s.n + position] = sixteen[0];
+    // The gradient of a block's weights.
+    void differentiate_weights(long begin, long end) const {
+        const long count = std::min(end, l.vocabulary) - begin;
+        if (count <= 0) return;
+        for (long unit = 0; unit < l.hidden; unit += PANEL) {
+            const long n = width(unit, l.hidden);
+            std::memset(c, 0, sizeof(float) * count * n * LANES);
+            s.multiply(n, rows, s.n, l.packed + unit * s.n, s.n / 2, c, count);
+            const size_t size = sizeof(float) * std::min(n * LANES, l.hidden - unit);
+            for (long row = 0; row < count; row++)
+                std::memcpy(l.d_weight + (begin + row) * l.hidden + unit, c + row * n * LANES, size);
         }
     }
-}
 
-void differentiate_weights(const Sizes& s) {
-    const Loss& l = s.l;
-    Bits* const rows = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.n + sizeof(float) * (ROWS * 4 * LANES + s.n));
-    float* const c = (float*)(rows + ROWS * s.n);
-    float* const scales = c + ROWS * 4 * LANES;
-    const Part part(s.v, ROWS);
-    for (long begin = part.begin; begin < part.end; begin += ROWS) {
-        const long end = std::min(begin + ROWS, part.end), real = std::min(end, l.vocabulary) - begin;
-        for (long n = 0; n < s.n; n += LANES) store(scales + n, scale_at(s, begin / ROWS, n));
-        for (long row = begin; row < end; row += 2) differentiate(s, row, scales, rows + (row - begin) * s.n);
-        differentiate_targets(s, begin, end, scales, rows);
-        if (!l.d_weight || real <= 0) continue;
-        for (long unit = 0; unit < s.h; unit += 4 * LANES) {
-            const long width = std::min(4L, (s.h - unit) / LANES);
-            std::memset(c, 0, sizeof(float) * real * width * LANES);
-            s.multiply(width, rows, s.n, l.packed + unit * s.n, s.n / 2, c, real);
-            const size_t size = sizeof(float) * std::max(0L, std::min(width * LANES, l.hidden - unit));
-            for (long row = 0; row < real; row++)
-                std::memcpy(l.d_weight + (begin + row) * l.hidden + unit, c + row * width * LANES, size);
-        }
-    }
-}
-
-// The features' gradient, transposed, for the thread's own panels; its left factor are the weights, transposed.
-void differentiate_features(const Sizes& s) {
-    const Loss& l = s.l;
-    const Part part(l.panels, 1);
-    if (part.begin == part.end) return;
-    std::fill(s.gathered(part.begin), s.gathered(part.end - 1) + s.width(part.end - 1) * LANES * s.h, 0.0f);
-    Bits* const a = (Bits*)scratch.take(sizeof(Bits) * DEEP * s.h);
-    for (long begin = 0; begin < s.v; begin += DEEP) {
-        const long deep = std::min(DEEP, s.v - begin);
-        for (long k = 0; k < deep; k += 2 * LANES)
+    // Adds a block's part of the features' gradient, transposed; its left factor are the weights, transposed.
+    void differentiate_features(long begin, long end) const {
+        for (long k = 0; k < end - begin; k += 2 * LANES)
             for (long unit = 0; unit < s.h; unit += LANES) {
-                Words block[LANES];
+                Words words[LANES];
                 for (long i = 0; i < LANES; i++) {
                     const long row = begin + k + 2 * i;
-                    block[i] = paired(weights_at(l, row, unit), weights_at(l, row + 1, unit));
+                    words[i] = paired(weights_at(l, row, unit), weights_at(l, row + 1, unit));
                 }
-                transpose(block);
-                for (long i = 0; i < LANES; i++) store(a + (unit + i) * DEEP + k, block[i]);
+                transpose(words);
+                for (long i = 0; i < LANES; i++) store(turned + (unit + i) * ROWS + k, words[i]);
             }
-        for (long p = part.begin; p < part.end; p++)
-            s.multiply(
-                s.width(p), a, DEEP, s.kept(p) + begin * s.width(p) * LANES, deep / 2, s.gathered(p), s.h);
+        for (long p = 0; p < l.panels; p++) {
+            float* const to = gathered + s.first(p) * LANES * s.h;
+            s.multiply(s.width(p), turned, ROWS, panel_pairs(p), (end - begin) / 2, to, l.hidden);
+        }
     }
-    for (long p = part.begin; p < part.end; p++) {
-        const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
-        for (long position = first; position < std::min(first + stride, l.positions); position++)
-            for (long unit = 0; unit < l.hidden; unit++)
-                l.d_features[position * l.hidden + unit] = s.gathered(p)[unit * stride + position - first];
+
+    void run() const {
+        if (gathered) std::fill(gathered, gathered + s.h * s.n, 0.0f);
+        const Part part(s.v, ROWS);
+        for (long begin = part.begin; begin < part.end; begin += ROWS) {
+            const long end = std::min(begin + ROWS, part.end);
+            for (long n = 0; n < s.n; n += LANES) store(scales + n, scale_at(s, begin / ROWS, n));
+            differentiate(begin, end);
+            differentiate_targets(begin, end);
+            if (l.d_weight) differentiate_weights(begin, end);
+            if (gathered) differentiate_features(begin, end);
+        }
     }
+};
+
+// The features' gradient of the threads' parts, turned.
+void sum_features(const Sizes& s) {
+    const Loss& l = s.l;
+    const Part part(l.panels, 1);
+    for (long p = part.begin; p < part.end; p++)
+        for (long v = 0; v < s.width(p); v++)
+            for (long unit = 0; unit < l.hidden; unit += LANES) {
+                Words sums[LANES];
+                for (long i = 0; i < LANES; i++) {
+                    const float* from = l.gathered + s.first(p) * LANES * s.h + ((unit + i) * s.width(p) + v) * LANES;
+                    Floats sum{};
+                    for (long t = 0; t < omp_get_num_threads(); t++) sum += load<Floats>(from + t * s.h * s.n);
+                    sums[i] = (Words)sum;
+                }
+                transpose(sums);
+                const long first = (s.first(p) + v) * LANES;
+                for (long i = 0; i < std::min(LANES, l.positions - first); i++)
+                    store_bf16(l.d_features + (first + i) * l.hidden + unit, (Floats)sums[i], l.hidden - unit);
+            }
 }
 
 void backward(const Sizes& s, Barrier& barrier) {
     const long team = omp_get_num_threads();
-    pack_by_unit(s);
+    const Part units(s.l.hidden, PANEL);
+    for (long unit = units.begin; unit < units.end; unit += PANEL)
+        pack_by_unit(s.l, 0, s.n, unit, width(unit, s.l.hidden), s.l.packed + unit * s.n);
     barrier.wait(team);
-    differentiate_weights(s);
+    BackwardWorker(s).run();
     barrier.wait(team);
-    if (s.l.d_features) differentiate_features(s);
+    if (s.l.d_features) sum_features(s);
 }
 
 // Small vocabularies -----------------------------------------------------------------------
 
-constexpr long GROUP = 256;         // positions whose gradients are summed over together
-constexpr long PANEL = 4 * LANES;   // positions or hidden units whose sums are computed together, at most
-
-// As many values of a position's features as ``Vector`` holds, zeros beyond the real ones.
-template <class Vector>
-inline Vector features_at(const SmallLoss& l, long position, long unit) {
-    const long count = sizeof(Vector) / sizeof(Bits);
-    const Bits* const from = l.features + position * l.stride + unit;
-    Vector values{};
-    if (position >= l.positions || unit >= l.hidden) return values;
-    if (unit + count <= l.hidden) return load<Vector>(from);
-    std::memcpy(&values, from, sizeof(Bits) * (l.hidden - unit));
-    return values;
-}
-
-// Values of two rows side by side.
-inline Words interleaved(Halves first, Halves second) {
-    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
-}
+constexpr long GROUP = 256;  // positions whose gradients are summed over together
 
 // A thread's work on a small vocabulary.
 struct SmallWorker {
@@ -390,34 +424,27 @@ struct SmallWorker {
     void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
         (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
     }
-    static long width(long begin, long end) { return std::min(PANEL, end - begin) / LANES; }  // in vectors
 
     void pack_weights() const {
         const Part rows(l.vocabulary, 1);
         for (long row = rows.begin; row < rows.end; row++)
             for (long unit = 0; unit < h; unit += LANES) to_bf16(l.left + row * h + unit, weights_at(l, row, unit));
         if (!l.factor) return;
-        const Part units(h, PANEL);
+        const Part units(l.hidden, PANEL);
         for (long begin = units.begin; begin < units.end; begin += PANEL) {
             Bits* to = l.right + begin * 2 * pairs;
             for (long row = 0; row < 2 * pairs; row += 2)
-                for (long unit = begin; unit < begin + width(begin, h) * LANES; unit += LANES, to += 2 * LANES)
+                for (long unit = begin; unit < units.end && unit < begin + PANEL; unit += LANES, to += 2 * LANES)
                     store(to, paired(weights_at(l, row, unit), weights_at(l, row + 1, unit)));
         }
     }
 
     // Scores (V, positions) of ``n`` vectors of positions.
     void score(long first, long n) const {
-        for (long unit = 0; unit < h; unit += 2 * LANES)
-            for (long j = 0; j < n; j++) {
-                Words block[LANES];
-                for (long i = 0; i < LANES; i++) block[i] = features_at<Words>(l, first + j * LANES + i, unit);
-                transpose(block);
-                for (long i = 0; i < LANES; i++) store(by_unit + ((unit / 2 + i) * n + j) * 2 * LANES, block[i]);
-            }
+        pack_by_position(l, first, n, by_unit);
         for (long row = 0; row < l.vocabulary; row++)
             for (long j = 0; j < n; j++) store(c + (row * n + j) * LANES, splat(l.bias[row]));
-        multiply(n, l.left, h, by_unit, h / 2, c, l.vocabulary);
+        multiply(n, l.left, h, by_unit, l.tiles ? h / 2 : (l.hidden + 1) / 2, c, l.vocabulary);
     }
 
     // Losses of one vector of positions, whose scores are ``stride`` apart; with gradients their scores' into ``to``.
@@ -481,8 +508,8 @@ struct SmallWorker {
                 for (long i = 0; i < LANES; i++) store(turned + (j * LANES + i) * v + row, block[i]);
             }
         const long count = std::min(n * LANES, l.positions - first);
-        for (long begin = 0; begin < h; begin += PANEL) {
-            const long stride = width(begin, h) * LANES;
+        for (long begin = 0; begin < l.hidden; begin += PANEL) {
+            const long stride = width(begin, l.hidden) * LANES;
             for (long i = first + PANEL; i < std::min(first + 2 * PANEL, l.positions); i++) {  // while this is computed
                 const Bits* const next = l.features + i * l.stride + begin;
                 __builtin_prefetch(next, 0, 2);
@@ -492,30 +519,17 @@ struct SmallWorker {
             multiply(stride / LANES, turned, v, l.right + begin * 2 * pairs, pairs, c, count);
             for (long i = 0; i < count; i++)
                 for (long unit = begin; unit < std::min(begin + stride, l.hidden); unit += LANES) {
-                    Bits* const to = l.d_features + (first + i) * l.hidden + unit;
                     const Floats values = load<Floats>(c + i * stride + unit - begin);
-                    if (unit + LANES <= l.hidden) {
-                        to_bf16(to, values);
-                        continue;
-                    }
-                    Bits sixteen[LANES];
-                    to_bf16(sixteen, values);
-                    std::memcpy(to, sixteen, sizeof(Bits) * (l.hidden - unit));
+                    store_bf16(l.d_features + (first + i) * l.hidden + unit, values, l.hidden - unit);
                 }
         }
     }
 
     // Adds a group's part of the weights' gradient.
     void differentiate_weights(long first, long count) const {
-        for (long begin = 0; begin < h; begin += PANEL) {
-            const long n = width(begin, h);
-            for (long k = 0; k < count; k += 2)
-                for (long j = 0; j < n; j++) {
-                    const long unit = begin + j * LANES;
-                    const Halves even = features_at<Halves>(l, first + k, unit);
-                    const Halves odd = features_at<Halves>(l, first + k + 1, unit);
-                    store(by_position + (k / 2 * n + j) * 2 * LANES, interleaved(even, odd));
-                }
+        for (long begin = 0; begin < l.hidden; begin += PANEL) {
+            const long n = width(begin, l.hidden);
+            pack_by_unit(l, first, count, begin, n, by_position);
             multiply(n, d, GROUP, by_position, count / 2, own_sums + begin * l.vocabulary, l.vocabulary);
         }
     }
@@ -551,7 +565,7 @@ struct SmallWorker {
             l.d_bias[row] = bias;
             for (long unit = 0; unit < l.hidden; unit += LANES) {
                 const long begin = unit / PANEL * PANEL;
-                const float* from = l.sums + begin * l.vocabulary + row * width(begin, h) * LANES + unit - begin;
+                const float* from = l.sums + begin * l.vocabulary + row * width(begin, l.hidden) * LANES + unit - begin;
                 Floats sum{};
                 for (long t = 0; t < team; t++) sum += load<Floats>(from + t * size);
                 std::memcpy(l.d_weight + row * l.hidden + unit, &sum, sizeof(float) * std::min(LANES, l.hidden - unit));

@@ -78,10 +78,14 @@ template <int N>
 void product(const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
     constexpr int most = N == 4 ? 6 : N == 3 ? 8 : N == 2 ? 10 : 12;
     const long tiles = (rows + most - 1) / most;
+    // Few products a sum, and more sums than stay in L1: the next tile's come while this one is computed.
+    const bool fetches = pairs <= 64 && rows * N * LANES * sizeof(float) > (1 << 15);
     for (long k = 0; k < pairs; k += DEPTH) {
         const long depth = pairs - k < DEPTH ? pairs - k : DEPTH;
         for (long i = 0; i < tiles; i++) {
             const long begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+            if (fetches)
+                for (long j = end * N; j < rows * (i + 2) / tiles * N; j++) __builtin_prefetch(c + j * LANES, 1);
             tile_of<N>(end - begin, std::make_integer_sequence<int, most>())(
                 a + begin * a_stride + 2 * k, a_stride, w + k * N * 2 * LANES, depth, c + begin * N * LANES);
         }
