@@ -101,13 +101,19 @@ struct Worker {
         for (long p = first; p < last; p++) {
             const long n = vectors(p) * gates;
             for (long j = 0; j < n; j++)
-                for (long k = 0; k < units; k += LANES)
+                for (long k = 0; k < units; k += 2 * LANES) {
+                    Words rows[LANES];
                     for (long lane = 0; lane < LANES; lane++) {
-                        Bits row[LANES];
-                        to_bf16(row, weights_at(first_gate + j % gates, begin(p) + j / gates * LANES + lane, k));
-                        for (long pair = 0; pair < LANES / 2; pair++)
-                            std::memcpy(to + ((k / 2 + pair) * n + j) * 2 * LANES + lane * 2, row + 2 * pair, 4);
+                        const long gate = first_gate + j % gates, unit = begin(p) + j / gates * LANES + lane;
+                        Bits row[2 * LANES];
+                        to_bf16(row, weights_at(gate, unit, k));
+                        to_bf16(row + LANES, weights_at(gate, unit, k + LANES));
+                        rows[lane] = load<Words>(row);
                     }
+                    transpose(rows);
+                    for (long pair = 0; pair < std::min(LANES, (units - k) / 2); pair++)
+                        store(to + ((k / 2 + pair) * n + j) * 2 * LANES, rows[pair]);
+                }
             to += units * n * LANES;
         }
         return to;
@@ -118,12 +124,8 @@ struct Worker {
         for (long p = first; p < last; p++) {
             for (long k = 0; k < gates * units; k += 2)
                 for (long v = 0; v < vectors(p); v++, to += 2 * LANES) {
-                    Bits even[LANES], odd[LANES];
-                    const long gate = first_gate + k / units, column = begin(p) + v * LANES;
-                    to_bf16(even, weights_at(gate, k % units, column));
-                    to_bf16(odd, weights_at(gate, k % units + 1, column));
-                    const Words low = __builtin_convertvector(load<Halves>(even), Words);
-                    store(to, low | __builtin_convertvector(load<Halves>(odd), Words) << 16);
+                    const long gate = first_gate + k / units, unit = k % units, column = begin(p) + v * LANES;
+                    store(to, paired(weights_at(gate, unit, column), weights_at(gate, unit + 1, column)));
                 }
         }
         return to;
