@@ -8,6 +8,7 @@ take turns with as many bare steps, so that other work on the machine disturbs b
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import Any
@@ -57,7 +58,8 @@ def bare_step(config: ExperimentConfig) -> Any:
     corpus = prepare(config.corpus)
     model = build_language_model(config, corpus.tokenizer)
     task = LanguageModeling(model, config.optimizer, bits=None, sequence_length=config.data.sequence_length)  # type: ignore[arg-type]
-    windows = iter(CorpusData(corpus, config.data, config.seed).train_loader(0))
+    data = CorpusData(corpus, config.data, config.seed)
+    windows = itertools.chain.from_iterable(map(data.train_loader, itertools.count()))
     cpu = torch.device("cpu")
     precision = resolve_precision("auto", cpu)
     return task_step(task, lambda: next(windows), lambda: autocast(precision, cpu))
