@@ -32,7 +32,7 @@ def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: P
 WHOLE = [(softmax, "FUSED_TARGETS", 10**9)]
 IN_CHUNKS = [(language_model, "LARGE_VOCABULARY", 2)]
 BY_SMALL_KERNEL = [(softmax, "FUSED_TARGETS", 0)]
-BY_LARGE_KERNEL = [(fused_loss, "LARGE_VOCABULARY", 0), (softmax, "FUSED_LOGITS", 0)]
+BY_LARGE_KERNEL = [(fused_loss, "LEAST_LARGE", 0), (softmax, "FUSED_LOGITS", 0)]
 
 
 @pytest.mark.parametrize(

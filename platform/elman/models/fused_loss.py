@@ -24,11 +24,9 @@ WIDEST = 4
 """Vectors of positions in a panel, at most."""
 ROWS = 96
 """Of the vocabulary, in a block: as in linear_loss.cpp, which writes a row of ``tops`` for each."""
-SAVED = ("weight", "bias", "features", "targets", "tops", "lse", "found")
-
-
-LARGE_VOCABULARY = 2048
-"""From here on the kernel for large ones is as fast as the one for small ones."""
+SAVED = ("weight", "bias", "features", "targets", "kept", "tops", "lse", "found")
+LEAST_LARGE = 2048
+"""Tokens from which on a vocabulary is large: there both kernels are as fast."""
 
 
 class _Loss(ctypes.Structure):
@@ -105,7 +103,7 @@ def fused_scores(
 
 def is_small(weight_VH: Tensor) -> bool:
     """Whether the kernel for small vocabularies serves these weights."""
-    return weight_VH.shape[0] < LARGE_VOCABULARY
+    return weight_VH.shape[0] < LEAST_LARGE
 
 
 def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
@@ -127,17 +125,14 @@ class _FusedLoss(torch.autograd.Function):
         kept = pooled(size, torch.bfloat16) if trained else None
         call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept)
         ctx.save_for_backward(*(call[name] for name in SAVED))
-        ctx.kept, ctx.counts_N = kept, counts_N
+        ctx.counts_N = counts_N
         return _summed(call, counts_N)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.kept is None:
-            raise RuntimeError("A fused loss goes backward once: what it kept is overwritten.")
         call: dict[str, Tensor | None] = dict(zip(SAVED, ctx.saved_tensors, strict=True))
-        kept, ctx.kept = ctx.kept, None
-        weight_VH, bias_V, features_NH = ctx.saved_tensors[:3]
+        weight_VH, bias_V, features_NH, _, kept, *_ = ctx.saved_tensors
         threads, padded, hidden_size = torch.get_num_threads(), kept.shape[1], _padded(weight_VH.shape[1], 2 * LANES)
         factors_P = torch.zeros(padded)
         factors_P[: features_NH.shape[0]] = ctx.counts_N * d_loss
@@ -146,7 +141,6 @@ class _FusedLoss(torch.autograd.Function):
         d_bias_V = torch.empty_like(bias_V)
         d_features_NH = torch.empty(features_NH.shape, dtype=torch.bfloat16) if wants_features else None
         call |= {
-            "kept": kept,
             "factors": factors_P,
             "d_weight": d_weight_VH,
             "d_bias": d_bias_V,
@@ -164,13 +158,14 @@ class _FusedSmallLoss(torch.autograd.Function):
     ) -> Tensor:
         # The sum will be divided by the number of targets: what is wanted later are the gradients of the mean.
         ctx.factor = counts_N.sum().float().reciprocal() if any(ctx.needs_input_grad) else None
-        loss, ctx.gradients = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
+        loss, gradients = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
+        gradients = ctx.saved_tensors
         if d_loss != ctx.factor:  # another scale was wanted
             gradients = [gradient * (d_loss / ctx.factor) for gradient in gradients]
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)

@@ -71,7 +71,6 @@ thread_local Scratch scratch;
 // Large vocabularies -----------------------------------------------------------------------
 
 constexpr long ROWS = 96;          // of the vocabulary at a time
-
 constexpr long PANEL = 4 * LANES;  // positions or hidden units whose sums are computed together, at most
 
 inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
