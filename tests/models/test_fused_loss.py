@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(params=["small", "large"], autouse=True)
-def vocabulary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the two kernels, whatever the vocabulary."""
-    monkeypatch.setattr(fused_loss, "LEAST_LARGE", 0 if request.param == "large" else 10**6)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two kernels, whatever the vocabulary and the targets."""
+    monkeypatch.setattr(fused_loss, "is_small", lambda *_: request.param == "small")
 
 
 def layer(positions: int, tokens: int, hidden_size: int) -> tuple[list[Tensor], Tensor]:
@@ -157,3 +158,50 @@ def test_a_loss_goes_backward_again_alike_where_its_graph_is_retained() -> None:
         tensor.grad = None
     loss.backward()
     assert all(torch.equal(tensor.grad, gradient) for tensor, gradient in zip(tensors, first, strict=True))
+
+
+def test_threads_may_be_others_when_it_goes_backward() -> None:
+    tensors, targets_N = layer(320, 500, 64)
+    torch.set_num_threads(4)
+    expected = with_gradients(tensors, targets_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    torch.set_num_threads(1)
+    for ours, theirs in zip(torch.autograd.grad(0.3 * loss, tensors), expected[1:], strict=True):
+        assert distance(ours, theirs.double()) < 0.005
+
+
+def test_tokens_that_are_ruled_out_have_no_part_in_it() -> None:
+    (features_NH, weight_VH, bias_V), targets_N = layer(20, 300, 32)
+    with torch.no_grad():
+        bias_V[:200] = -torch.inf
+    targets_N = torch.where(targets_N < 0, targets_N, 200 + targets_N % 100)
+    found = with_gradients([features_NH, weight_VH, bias_V], targets_N)
+    expected = exact([features_NH, weight_VH, bias_V], targets_N)
+    assert distance(found[0], expected[0]) < 2e-6
+    assert all(distance(ours, true) < 0.005 for ours, true in zip(found[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_computed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, targets_N = layer(20, 50, 32)
+    called = []
+    for name in ("_small", "_forward"):
+        whole = getattr(fused_loss, name)
+        monkeypatch.setattr(
+            fused_loss, name, lambda *given, whole=whole, **named: called.append(named) or whole(*given, **named)
+        )
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
+    [named] = called
+    assert named.get("factor") is None
+    assert named.get("kept") is None
+
+
+def test_biases_may_be_narrower_and_targets_too() -> None:
+    (features_NH, weight_VH, bias_V), targets_N = layer(40, 50, 32)
+    expected = with_gradients([features_NH, weight_VH, bias_V], targets_N)
+    narrow_V = bias_V.detach().bfloat16().requires_grad_()
+    found = with_gradients([features_NH, weight_VH, narrow_V], targets_N.int())
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[3], expected[3].bfloat16())

@@ -195,9 +195,10 @@ def test_a_smaller_vocabulary_comes_in_parts_where_a_compiled_kernel_pays(
 ) -> None:
     model = tiny(tie_weights=tie_weights).float()
     monkeypatch.setattr(softmax, "FUSED_LOGITS", 7 * 100)
-    monkeypatch.setattr(softmax, "FUSED_TARGETS", 100)
+    monkeypatch.setattr(fused_loss, "FEWEST_TARGETS", 100)
     if kernel == "large":
         monkeypatch.setattr(fused_loss, "LEAST_LARGE", 7)
+        monkeypatch.setattr(softmax, "LEAST_LARGE", 7)
     with torch.autocast("cpu", torch.bfloat16):
         assert not model.scores_in_parts(99)
         assert model.scores_in_parts(100) == (fused_loss._kernels() is not None)
@@ -206,10 +207,10 @@ def test_a_smaller_vocabulary_comes_in_parts_where_a_compiled_kernel_pays(
     assert not model.scores_in_parts(100)
 
 
-def test_a_small_vocabulary_comes_whole_where_targets_are_fewer_than_twice_the_hidden_units(
+def test_a_small_vocabulary_comes_whole_where_a_thread_has_fewer_targets_than_hidden_units(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(softmax, "is_fused", lambda *_: True)
-    weight_VH = torch.empty(50, 300)
-    assert not softmax.kernel_pays(weight_VH, 599)
-    assert softmax.kernel_pays(weight_VH, 600)
+    weight_VH, enough = torch.empty(50, 300), 300 * torch.get_num_threads()
+    assert not softmax.kernel_pays(weight_VH, enough - 1)
+    assert softmax.kernel_pays(weight_VH, enough)

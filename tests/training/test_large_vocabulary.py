@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elman.config.schema import GenerationConfig, TrackingConfig
-from elman.models import fused_loss, language_model, softmax
+from elman.models import fused_loss, language_model
 from elman.tasks.generation import TextGenerator
 from elman.tracking.store import RunStore
 from elman.training.experiment import run_experiment
@@ -29,10 +29,10 @@ def test_a_model_with_adaptive_softmax_trains_generates_and_reloads(workplace: P
     assert generator.beams("", GenerationConfig(length=5, beams=3))[0][1] < 0
 
 
-WHOLE = [(softmax, "FUSED_TARGETS", 10**9)]
+WHOLE = [(language_model, "kernel_pays", lambda *_: False)]
 IN_CHUNKS = [(language_model, "LARGE_VOCABULARY", 2)]
-BY_SMALL_KERNEL = [(softmax, "FUSED_TARGETS", 0)]
-BY_LARGE_KERNEL = [(fused_loss, "LEAST_LARGE", 0), (softmax, "FUSED_LOGITS", 0)]
+BY_SMALL_KERNEL = [(language_model, "kernel_pays", lambda *_: True), (fused_loss, "is_small", lambda *_: True)]
+BY_LARGE_KERNEL = [(language_model, "kernel_pays", lambda *_: True), (fused_loss, "is_small", lambda *_: False)]
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,15 @@ BY_LARGE_KERNEL = [(fused_loss, "LEAST_LARGE", 0), (softmax, "FUSED_LOGITS", 0)]
     ids=["chunks", "small kernel", "large kernel"],
 )
 def test_loss_in_parts_trains_to_the_figures_of_whole_logits(
-    precision: str, parts: list[tuple[Any, str, int]], rel: float, workplace: Path, text_file: Path,
+    precision: str, parts: list[tuple[Any, str, Any]], rel: float, workplace: Path, text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config = tiny(text_file, corpus__level="word", trainer__max_steps=6, trainer__precision=precision)
-    for module, threshold, value in WHOLE:
-        monkeypatch.setattr(module, threshold, value)
+    for module, name, value in WHOLE:
+        monkeypatch.setattr(module, name, value)
     whole = run_experiment(config, RunStore(TrackingConfig())).metrics
-    for module, threshold, value in parts:
-        monkeypatch.setattr(module, threshold, value)
+    for module, name, value in parts:
+        monkeypatch.setattr(module, name, value)
     found = run_experiment(config, RunStore(TrackingConfig())).metrics
     assert found["val/loss"] == pytest.approx(whole["val/loss"], rel=rel)
     assert found["val/accuracy"] == pytest.approx(whole["val/accuracy"], abs=0.01)

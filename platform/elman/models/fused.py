@@ -147,6 +147,8 @@ def fused_window(
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
         inputs = F.linear(x_TBI, weight_ih)
+    if not torch.is_grad_enabled():  # else what backward needs would be kept
+        weight_hh, state = weight_hh.detach(), tuple(part.detach() for part in state)
     outputs_TBP, *after = _FusedWindow.apply(kind, inputs, tokens_TB, weight_hh, bias, *state)  # type: ignore[no-untyped-call]
     if padding:
         outputs_TBP = outputs_TBP[..., :hidden_size]

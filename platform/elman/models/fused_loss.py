@@ -27,6 +27,8 @@ ROWS = 96
 SAVED = ("weight", "bias", "features", "targets", "kept", "tops", "lse", "found")
 LEAST_LARGE = 2048
 """Tokens from which on a vocabulary is large: there both kernels are as fast."""
+FEWEST_TARGETS = 128
+"""From which on the kernel for small vocabularies pays."""
 
 
 class _Loss(ctypes.Structure):
@@ -71,9 +73,11 @@ def is_fused(dtype: torch.dtype, weight_VH: Tensor) -> bool:
 def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
     """Cross-entropy of ``F.linear(features, weight, bias)``, summed, in nats.
 
+    Where its graph is retained, the gradients that it gives are not to be changed in place.
+
     Args:
         features_NH: In bfloat16.
-        weight_VH: In float32, as ``bias_V``.
+        weight_VH: In float32.
         bias_V: An addend for each token.
         targets_N: Token ids.
         ignored: The target that does not count.
@@ -82,7 +86,9 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
         IndexError: A target is no token.
     """
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
-    kind = _FusedSmallLoss if is_small(weight_VH) else _FusedLoss
+    if not torch.is_grad_enabled():  # else the kernels would compute gradients, or keep what they need for them
+        features_NH, weight_VH, bias_V = features_NH.detach(), weight_VH.detach(), bias_V.detach()
+    kind = _FusedSmallLoss if is_small(weight_VH, targets_N.shape[0]) else _FusedLoss
     loss: Tensor = kind.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
     return loss
 
@@ -92,8 +98,8 @@ def fused_scores(
 ) -> tuple[Tensor, Tensor]:
     """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
-    predicted_N = torch.empty_like(targets_N)
-    if is_small(weight_VH):
+    predicted_N = torch.empty_like(targets_N, dtype=torch.int64, memory_format=torch.contiguous_format)
+    if is_small(weight_VH, targets_N.shape[0]):
         loss = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)[0]
     else:
         call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=None, predicted_N=predicted_N)
@@ -101,9 +107,14 @@ def fused_scores(
     return loss, (predicted_N == targets_N).sum()
 
 
-def is_small(weight_VH: Tensor) -> bool:
-    """Whether the kernel for small vocabularies serves these weights."""
-    return weight_VH.shape[0] < LEAST_LARGE
+def is_small(weight_VH: Tensor, num_targets: int) -> bool:
+    """Whether the kernel for small vocabularies serves these weights, and so many targets.
+
+    With fewer of them for a thread than there are hidden units, the threads' sums would cost more than it saves.
+    """
+    vocabulary_size, hidden_size = weight_VH.shape
+    enough = num_targets >= max(FEWEST_TARGETS, torch.get_num_threads() * hidden_size)
+    return vocabulary_size < LEAST_LARGE and enough
 
 
 def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
@@ -123,7 +134,8 @@ class _FusedLoss(torch.autograd.Function):
         trained = any(ctx.needs_input_grad)
         size = _padded(weight_VH.shape[0], 2 * LANES), _padded(targets_N.shape[0], LANES)
         kept = pooled(size, torch.bfloat16) if trained else None
-        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept)
+        ctx.panels = _panels(kept.shape[1]) if kept is not None else None
+        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept, panels=ctx.panels)
         ctx.save_for_backward(*(call[name] for name in SAVED))
         ctx.counts_N = counts_N
         return _summed(call, counts_N)
@@ -138,7 +150,7 @@ class _FusedLoss(torch.autograd.Function):
         factors_P[: features_NH.shape[0]] = ctx.counts_N * d_loss
         wants_features, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_weight_VH = pooled(weight_VH.shape, torch.float32) if wants_weight else None
-        d_bias_V = torch.empty_like(bias_V)
+        d_bias_V = torch.empty(bias_V.shape)
         d_features_NH = torch.empty(features_NH.shape, dtype=torch.bfloat16) if wants_features else None
         call |= {
             "factors": factors_P,
@@ -147,7 +159,7 @@ class _FusedLoss(torch.autograd.Function):
             "d_features": d_features_NH,
             "gathered": torch.empty(threads, padded, hidden_size) if wants_features else None,
         }
-        _call(call, is_forward=False)
+        _call(call, ctx.panels, is_forward=False)
         return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
 
 
@@ -189,9 +201,9 @@ def _small(
     losses_N = torch.empty(num_positions)
     call: dict[str, Tensor | None] = {
         "weight": weight_VH.detach().contiguous(),
-        "bias": bias_V.detach().contiguous(),
+        "bias": bias_V.detach().float().contiguous(),
         "features": features_NH,
-        "targets": torch.where(counts_N, targets_N, -1),
+        "targets": torch.where(counts_N, targets_N, -1).long(),
         "predicted": predicted_N,
         "losses": losses_N,
         "left": torch.empty(vocabulary_size, padded, dtype=torch.bfloat16),
@@ -201,7 +213,7 @@ def _small(
         gradients = [
             pooled((num_positions, hidden_size), torch.bfloat16),
             torch.empty_like(weight_VH, memory_format=torch.contiguous_format),
-            torch.empty_like(bias_V),
+            torch.empty(bias_V.shape),
         ]
         call |= dict(zip(("d_features", "d_weight", "d_bias"), gradients, strict=True))
         call["factor"] = factor
@@ -229,14 +241,15 @@ def _forward(
     targets_N: Tensor,
     *,
     kept: Tensor | None,
+    panels: int | None = None,
     predicted_N: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     padded = _padded(targets_N.shape[0], LANES)
     call: dict[str, Tensor | None] = {
         "weight": weight_VH.detach().contiguous(),
-        "bias": bias_V.detach().contiguous(),
+        "bias": bias_V.detach().float().contiguous(),
         "features": _rows(features_NH),
-        "targets": targets_N.contiguous(),
+        "targets": targets_N.long().contiguous(),
         "kept": kept,
         "tops": None if kept is None else torch.empty(-(-weight_VH.shape[0] // ROWS), padded),
         "sums": torch.empty(torch.get_num_threads(), 3, padded),
@@ -244,7 +257,7 @@ def _forward(
         "lse": torch.zeros(padded),
         "found": torch.zeros(padded),
     }
-    _call(call, is_forward=True)
+    _call(call, panels or _panels(padded), is_forward=True)
     return call
 
 
@@ -265,7 +278,12 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
+def _panels(padded: int) -> int:
+    """How many panels of positions there are: threads get as many each. Backward has forward's, by which it kept."""
+    return min(_padded(-(-padded // (WIDEST * LANES)), torch.get_num_threads()), padded // LANES)
+
+
+def _call(tensors: dict[str, Tensor | None], panels: int, *, is_forward: bool) -> None:
     weight, features, library = tensors["weight"], tensors["features"], _kernels()
     assert weight is not None
     assert features is not None
@@ -279,7 +297,7 @@ def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
         hidden=hidden_size,
         vocabulary=weight.shape[0],
         stride=features.stride(0),
-        panels=min(_padded(-(-padded // (WIDEST * LANES)), threads), padded // LANES),  # threads get as many each
+        panels=panels,
         tiles=_has_tiles(),
         **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},
     )

@@ -15,6 +15,7 @@
 // A small vocabulary, whose weights stay in the cache: each thread has positions of its own, and does all
 // that there is to do with some of them, the gradients too, before it goes on to the next.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -189,7 +190,7 @@ void forward(const Sizes& s, Barrier& barrier) {
     float* const largest = l.sums + 3 * me * s.n;
     float* const sum = largest + s.n;
     int32_t* const whose = l.predicted ? (int32_t*)(sum + s.n) : nullptr;
-    std::fill(largest, largest + s.n, -INFINITY);
+    std::fill(largest, largest + s.n, -FLT_MAX);  // of which, unlike of infinity, differences are numbers
     std::fill(sum, sum + 2 * s.n, 0.0f);
     Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * PANEL);
     float* const c = (float*)(a + ROWS * s.h);
@@ -223,6 +224,7 @@ void forward(const Sizes& s, Barrier& barrier) {
     const Part mine(s.n, LANES);
     for (long n = mine.begin; n < mine.end; n++) {
         float top = -INFINITY, total = 0.0f;
+        if (l.predicted && n < l.positions) l.predicted[n] = 0;
         for (long t = 0; t < team; t++) {
             const float* const part = l.sums + 3 * t * s.n + n;
             if (l.predicted && n < l.positions && part[0] > top) {

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.fused_loss import fused_loss, fused_scores, is_fused, is_small
+from elman.models.fused_loss import LEAST_LARGE, fused_loss, fused_scores, is_fused, is_small
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
@@ -21,9 +21,6 @@ LARGE_VOCABULARY = 4096
 """From here on the logits are computed in chunks: below, the whole is as fast, and small."""
 FUSED_LOGITS = 2**19
 """Of a large vocabulary, logits from which on the compiled kernel is faster than whole ones."""
-FUSED_TARGETS = 128
-"""Of a small one, targets from which on it is, if they are also twice the hidden units at least: with fewer, its
-threads' sums cost more than it saves."""
 CHUNK = 2048
 """Tokens of the vocabulary at a time: a few hundred rows of them stay in the cache."""
 KEPT_LOGITS = 2**27
@@ -43,7 +40,8 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
     """
     dtype = _product_type(features_NH, weight_VH)
     num_logits = targets_N.shape[0] * weight_VH.shape[0]
-    if num_logits and (is_small(weight_VH) or num_logits <= KEPT_LOGITS) and is_fused(dtype, weight_VH):
+    fits = is_small(weight_VH, targets_N.shape[0]) or num_logits <= KEPT_LOGITS
+    if num_logits and fits and is_fused(dtype, weight_VH):
         return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
@@ -51,11 +49,9 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
 
 def kernel_pays(weight_VH: Tensor, num_targets: int) -> bool:
     """Whether the compiled kernel scores so many targets sooner than whole logits do, under the autocast of now."""
-    vocabulary_size, hidden_size = weight_VH.shape
-    if is_small(weight_VH):
-        pays = num_targets >= max(FUSED_TARGETS, 2 * hidden_size)
-    else:
-        pays = num_targets * vocabulary_size >= FUSED_LOGITS
+    vocabulary_size = weight_VH.shape[0]
+    large_enough = vocabulary_size >= LEAST_LARGE and num_targets * vocabulary_size >= FUSED_LOGITS
+    pays = large_enough or is_small(weight_VH, num_targets)
     return pays and is_fused(_product_type(weight_VH, weight_VH), weight_VH)
 
 
