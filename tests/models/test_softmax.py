@@ -194,11 +194,10 @@ def test_a_smaller_vocabulary_comes_in_parts_where_a_compiled_kernel_pays(
     kernel: str, tie_weights: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(tie_weights=tie_weights).float()
-    monkeypatch.setattr(softmax, "FUSED_LOGITS", 7 * 100)
+    monkeypatch.setattr(fused_loss, "FEWEST_LOGITS", 7 * 100)
     monkeypatch.setattr(fused_loss, "FEWEST_TARGETS", 100)
     if kernel == "large":
         monkeypatch.setattr(fused_loss, "LEAST_LARGE", 7)
-        monkeypatch.setattr(softmax, "LEAST_LARGE", 7)
     with torch.autocast("cpu", torch.bfloat16):
         assert not model.scores_in_parts(99)
         assert model.scores_in_parts(100) == (fused_loss._kernels() is not None)

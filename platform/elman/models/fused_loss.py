@@ -20,8 +20,6 @@ from elman.models.memory import pooled
 
 SOURCE = Path(__file__).with_name("linear_loss.cpp")
 LANES = 16
-WIDEST = 4
-"""Vectors of positions in a panel, at most."""
 ROWS = 96
 """Of the vocabulary, in a block: as in linear_loss.cpp, which writes a row of ``tops`` for each."""
 SAVED = ("weight", "bias", "features", "targets", "kept", "tops", "lse", "found")
@@ -29,16 +27,15 @@ LEAST_LARGE = 2048
 """Tokens from which on a vocabulary is large: there both kernels are as fast."""
 FEWEST_TARGETS = 128
 """From which on the kernel for small vocabularies pays."""
+FEWEST_LOGITS = 2**19
+"""From which on the kernel for large ones does."""
 
 
 class _Loss(ctypes.Structure):
     """struct Loss of linear_loss.cpp."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("threads", "positions", "hidden", "vocabulary", "stride", "panels", "tiles")
-        ),
+        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "stride", "tiles")),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -117,6 +114,13 @@ def is_small(weight_VH: Tensor, num_targets: int) -> bool:
     return vocabulary_size < LEAST_LARGE and enough
 
 
+def pays(weight_VH: Tensor, num_targets: int) -> bool:
+    """Whether a kernel, where there is one, scores so many targets sooner than whole logits do."""
+    vocabulary_size = weight_VH.shape[0]
+    large_enough = vocabulary_size >= LEAST_LARGE and num_targets * vocabulary_size >= FEWEST_LOGITS
+    return large_enough or is_small(weight_VH, num_targets)
+
+
 def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
     """Which targets count."""
     counts_N = targets_N != ignored
@@ -134,8 +138,7 @@ class _FusedLoss(torch.autograd.Function):
         trained = any(ctx.needs_input_grad)
         size = _padded(weight_VH.shape[0], 2 * LANES), _padded(targets_N.shape[0], LANES)
         kept = pooled(size, torch.bfloat16) if trained else None
-        ctx.panels = _panels(kept.shape[1]) if kept is not None else None
-        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept, panels=ctx.panels)
+        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept)
         ctx.save_for_backward(*(call[name] for name in SAVED))
         ctx.counts_N = counts_N
         return _summed(call, counts_N)
@@ -159,7 +162,7 @@ class _FusedLoss(torch.autograd.Function):
             "d_features": d_features_NH,
             "gathered": torch.empty(threads, padded, hidden_size) if wants_features else None,
         }
-        _call(call, ctx.panels, is_forward=False)
+        _call(call, is_forward=False)
         return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
 
 
@@ -241,7 +244,6 @@ def _forward(
     targets_N: Tensor,
     *,
     kept: Tensor | None,
-    panels: int | None = None,
     predicted_N: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     padded = _padded(targets_N.shape[0], LANES)
@@ -257,7 +259,7 @@ def _forward(
         "lse": torch.zeros(padded),
         "found": torch.zeros(padded),
     }
-    _call(call, panels or _panels(padded), is_forward=True)
+    _call(call, is_forward=True)
     return call
 
 
@@ -278,12 +280,7 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _panels(padded: int) -> int:
-    """How many panels of positions there are: threads get as many each. Backward has forward's, by which it kept."""
-    return min(_padded(-(-padded // (WIDEST * LANES)), torch.get_num_threads()), padded // LANES)
-
-
-def _call(tensors: dict[str, Tensor | None], panels: int, *, is_forward: bool) -> None:
+def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
     weight, features, library = tensors["weight"], tensors["features"], _kernels()
     assert weight is not None
     assert features is not None
@@ -297,7 +294,6 @@ def _call(tensors: dict[str, Tensor | None], panels: int, *, is_forward: bool) -
         hidden=hidden_size,
         vocabulary=weight.shape[0],
         stride=features.stride(0),
-        panels=panels,
         tiles=_has_tiles(),
         **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},
     )

@@ -26,7 +26,7 @@
 
 // A call for a large vocabulary, as Python describes it. Pointers that a call does not need are null.
 struct Loss {
-    int64_t threads, positions, hidden, vocabulary, stride, panels, tiles;
+    int64_t threads, positions, hidden, vocabulary, stride, tiles;
     const float* weight;     // (V, H)
     const float* bias;       // (V)
     const Bits* features;    // (N, stride), of which H columns count
@@ -69,34 +69,20 @@ namespace {
 
 thread_local Scratch scratch;
 
-// Large vocabularies -----------------------------------------------------------------------
-
-constexpr long ROWS = 96;          // of the vocabulary at a time
 constexpr long PANEL = 4 * LANES;  // positions or hidden units whose sums are computed together, at most
 
 inline long up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline long width(long begin, long end) { return std::min(PANEL, up(end - begin, LANES)) / LANES; }  // in vectors
 
-struct Sizes {
-    const Loss& l;
-    long n, h, v;   // padded
-    long pairs;     // of hidden units that are multiplied: whole tiles of them
-    long vectors;   // of positions
+// Pairs of hidden units that are multiplied: whole tiles of them, or as many as there are.
+template <class Call>
+inline long unit_pairs(const Call& l) { return l.tiles ? up(l.hidden, 2 * LANES) / 2 : (l.hidden + 1) / 2; }
 
-    explicit Sizes(const Loss& loss) : l(loss) {
-        n = up(l.positions, LANES);
-        h = up(l.hidden, 2 * LANES);
-        v = up(l.vocabulary, 2 * LANES);
-        pairs = l.tiles ? h / 2 : (l.hidden + 1) / 2;
-        vectors = n / LANES;
-    }
-    long first(long panel) const { return vectors * panel / l.panels; }
-    long width(long panel) const { return first(panel + 1) - first(panel); }  // in vectors
-    Bits* kept(long panel) const { return l.kept + first(panel) * LANES * v; }
-    void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
-        (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
-    }
-};
+template <class Call>
+inline void multiply(
+    const Call& l, long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) {
+    (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
+}
 
 // A thread's part of so many things, which begin at multiples of ``unit``.
 struct Part {
@@ -158,6 +144,43 @@ void pack_by_unit(const Call& l, long first, long count, long unit, long n, Bits
         }
 }
 
+// The first ``count`` of sixteen values, or all.
+inline void store_bf16(Bits* to, Floats values, long count) {
+    if (count >= LANES) return to_bf16(to, values);
+    Bits sixteen[LANES];
+    to_bf16(sixteen, values);
+    std::memcpy(to, sixteen, sizeof(Bits) * count);
+}
+
+// One value.
+inline Bits bf16_of(float value) {
+    Bits sixteen[LANES];
+    to_bf16(sixteen, splat(value));
+    return sixteen[0];
+}
+
+// Large vocabularies -----------------------------------------------------------------------
+
+constexpr long ROWS = 96;  // of the vocabulary at a time
+
+struct Sizes {
+    const Loss& l;
+    long n, h, v;   // padded
+    long vectors;   // of positions
+    long panels;    // of positions, of nearly equal widths
+
+    explicit Sizes(const Loss& loss) : l(loss) {
+        n = up(l.positions, LANES);
+        h = up(l.hidden, 2 * LANES);
+        v = up(l.vocabulary, 2 * LANES);
+        vectors = n / LANES;
+        panels = up(n, PANEL) / PANEL;
+    }
+    long first(long panel) const { return vectors * panel / panels; }
+    long width(long panel) const { return first(panel + 1) - first(panel); }  // in vectors
+    Bits* kept(long panel) const { return l.kept + first(panel) * LANES * v; }
+};
+
 // One vector of positions: adds the rows' exponentials to the sums so far, and keeps them.
 void add_exponentials(
     const float* c, long stride, long begin, long rows, float* largest, float* sum, int32_t* whose, Bits* kept) {
@@ -194,7 +217,7 @@ void forward(const Sizes& s, Barrier& barrier) {
     std::fill(sum, sum + 2 * s.n, 0.0f);
     Bits* const a = (Bits*)scratch.take(sizeof(Bits) * ROWS * s.h + sizeof(float) * ROWS * PANEL);
     float* const c = (float*)(a + ROWS * s.h);
-    const Part panels(l.panels, 1);
+    const Part panels(s.panels, 1);
     for (long p = panels.begin; p < panels.end; p++)
         pack_by_position(l, s.first(p) * LANES, s.width(p), l.packed + s.first(p) * LANES * s.h);
     barrier.wait(team);
@@ -203,11 +226,11 @@ void forward(const Sizes& s, Barrier& barrier) {
         const long rows = std::min(ROWS, part.end - begin);
         for (long row = 0; row < rows; row++)
             for (long k = 0; k < s.h; k += LANES) to_bf16(a + row * s.h + k, weights_at(l, begin + row, k));
-        for (long p = 0; p < l.panels; p++) {
+        for (long p = 0; p < s.panels; p++) {
             const long width = s.width(p), stride = width * LANES, first = s.first(p) * LANES;
             for (long row = 0; row < rows; row++)
                 for (long v = 0; v < width; v++) store(c + row * stride + v * LANES, splat(l.bias[begin + row]));
-            s.multiply(width, a, s.h, l.packed + first * s.h, s.pairs, c, rows);
+            multiply(l, width, a, s.h, l.packed + first * s.h, unit_pairs(l), c, rows);
             for (long position = first; position < std::min(first + stride, l.positions); position++) {
                 const long row = l.targets[position] - begin;
                 if (row >= 0 && row < rows) l.found[position] = c[row * stride + position - first];
@@ -242,14 +265,6 @@ void forward(const Sizes& s, Barrier& barrier) {
     }
 }
 
-// The first ``count`` of sixteen values, or all.
-inline void store_bf16(Bits* to, Floats values, long count) {
-    if (count >= LANES) return to_bf16(to, values);
-    Bits sixteen[LANES];
-    to_bf16(sixteen, values);
-    std::memcpy(to, sixteen, sizeof(Bits) * count);
-}
-
 // What makes probabilities, times their factors, of a block's exponentials.
 inline Floats scale_at(const Sizes& s, long block, long position) {
     const Floats top = load<Floats>(s.l.tops + block * s.n + position);
@@ -278,7 +293,7 @@ struct BackwardWorker {
     // A block's exponentials become the gradients of the scores; adds up the biases' gradients.
     void differentiate(long begin, long end) const {
         Floats d_bias[ROWS] = {};
-        for (long p = 0; p < l.panels; p++) {
+        for (long p = 0; p < s.panels; p++) {
             const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
             const Bits* parts = s.kept(p) + begin * stride;
             Bits *to = rows + first, *to_pairs = panel_pairs(p);
@@ -302,7 +317,7 @@ struct BackwardWorker {
 
     // The targets' own gradients, from scores that were never rounded: they are the smallest differences.
     void differentiate_targets(long begin, long end) const {
-        for (long p = 0; p < l.panels; p++) {
+        for (long p = 0; p < s.panels; p++) {
             const long stride = s.width(p) * LANES, first = s.first(p) * LANES;
             for (long position = first; position < std::min(first + stride, l.positions); position++) {
                 const long row = l.targets[position];
@@ -313,10 +328,9 @@ struct BackwardWorker {
                 Bits sixteen[LANES];
                 to_bf16(sixteen, exponential(splat(found - top)));
                 l.d_bias[row] += d - from_bf16(sixteen)[0] * scales[position];  // what was added before
-                to_bf16(sixteen, splat(d));
                 const long at = row - begin;
-                panel_pairs(p)[(at & ~1L) * stride + 2 * (position - first) + (at & 1)] = sixteen[0];
-                rows[at * s.n + position] = sixteen[0];
+                panel_pairs(p)[(at & ~1L) * stride + 2 * (position - first) + (at & 1)] = bf16_of(d);
+                rows[at * s.n + position] = bf16_of(d);
             }
         }
     }
@@ -328,7 +342,7 @@ struct BackwardWorker {
         for (long unit = 0; unit < l.hidden; unit += PANEL) {
             const long n = width(unit, l.hidden);
             std::memset(c, 0, sizeof(float) * count * n * LANES);
-            s.multiply(n, rows, s.n, l.packed + unit * s.n, s.n / 2, c, count);
+            multiply(l, n, rows, s.n, l.packed + unit * s.n, s.n / 2, c, count);
             const size_t size = sizeof(float) * std::min(n * LANES, l.hidden - unit);
             for (long row = 0; row < count; row++)
                 std::memcpy(l.d_weight + (begin + row) * l.hidden + unit, c + row * n * LANES, size);
@@ -347,9 +361,9 @@ struct BackwardWorker {
                 transpose(words);
                 for (long i = 0; i < LANES; i++) store(turned + (unit + i) * ROWS + k, words[i]);
             }
-        for (long p = 0; p < l.panels; p++) {
+        for (long p = 0; p < s.panels; p++) {
             float* const to = gathered + s.first(p) * LANES * s.h;
-            s.multiply(s.width(p), turned, ROWS, panel_pairs(p), (end - begin) / 2, to, l.hidden);
+            multiply(l, s.width(p), turned, ROWS, panel_pairs(p), (end - begin) / 2, to, l.hidden);
         }
     }
 
@@ -370,7 +384,7 @@ struct BackwardWorker {
 // The features' gradient of the threads' parts, turned.
 void sum_features(const Sizes& s) {
     const Loss& l = s.l;
-    const Part part(l.panels, 1);
+    const Part part(s.panels, 1);
     for (long p = part.begin; p < part.end; p++)
         for (long v = 0; v < s.width(p); v++)
             for (long unit = 0; unit < l.hidden; unit += LANES) {
@@ -413,7 +427,7 @@ struct SmallWorker {
 
     explicit SmallWorker(const SmallLoss& loss)
         : l(loss), h(up(loss.hidden, 2 * LANES)), v(up(loss.vocabulary, 2 * LANES)), pairs((loss.vocabulary + 1) / 2),
-          own_sums(loss.sums ? loss.sums + omp_get_thread_num() * loss.vocabulary * (h + LANES) : nullptr) {
+          own_sums(loss.sums ? loss.sums + omp_get_thread_num() * part_size() : nullptr) {
         const long halves = PANEL * (h + GROUP + v) + v * GROUP;
         by_unit = (Bits*)scratch.take(sizeof(Bits) * halves + sizeof(float) * std::max(l.vocabulary, PANEL) * PANEL);
         by_position = by_unit + h * PANEL;   // PANEL × GROUP: features as the right factor, by pairs of positions
@@ -422,9 +436,7 @@ struct SmallWorker {
         c = (float*)(turned + v * PANEL);
     }
 
-    void multiply(long n, const Bits* a, long a_stride, const Bits* w, long pairs, float* c, long rows) const {
-        (l.tiles ? tile_product : vector_product)(n, a, a_stride, w, pairs, c, rows);
-    }
+    long part_size() const { return l.vocabulary * (h + LANES); }
 
     void pack_weights() const {
         const Part rows(l.vocabulary, 1);
@@ -445,7 +457,7 @@ struct SmallWorker {
         pack_by_position(l, first, n, by_unit);
         for (long row = 0; row < l.vocabulary; row++)
             for (long j = 0; j < n; j++) store(c + (row * n + j) * LANES, splat(l.bias[row]));
-        multiply(n, l.left, h, by_unit, l.tiles ? h / 2 : (l.hidden + 1) / 2, c, l.vocabulary);
+        multiply(l, n, l.left, h, by_unit, unit_pairs(l), c, l.vocabulary);
     }
 
     // Losses of one vector of positions, whose scores are ``stride`` apart; with gradients their scores' into ``to``.
@@ -490,9 +502,7 @@ struct SmallWorker {
             if (target < 0) continue;
             const float part = std::expm1(found[i] - lse[i]) * factors[i];
             d_bias[target * LANES + i] += part - scores[target * stride + i] * scale[i];
-            Bits sixteen[LANES];
-            to_bf16(sixteen, splat(part));
-            to[target * GROUP + i] = sixteen[0];
+            to[target * GROUP + i] = bf16_of(part);
         }
     }
 
@@ -517,7 +527,7 @@ struct SmallWorker {
                 if (begin + 2 * LANES < l.hidden) __builtin_prefetch(next + 2 * LANES, 0, 2);
             }
             std::memset(c, 0, sizeof(float) * count * stride);
-            multiply(stride / LANES, turned, v, l.right + begin * 2 * pairs, pairs, c, count);
+            multiply(l, stride / LANES, turned, v, l.right + begin * 2 * pairs, pairs, c, count);
             for (long i = 0; i < count; i++)
                 for (long unit = begin; unit < std::min(begin + stride, l.hidden); unit += LANES) {
                     const Floats values = load<Floats>(c + i * stride + unit - begin);
@@ -531,32 +541,13 @@ struct SmallWorker {
         for (long begin = 0; begin < l.hidden; begin += PANEL) {
             const long n = width(begin, l.hidden);
             pack_by_unit(l, first, count, begin, n, by_position);
-            multiply(n, d, GROUP, by_position, count / 2, own_sums + begin * l.vocabulary, l.vocabulary);
+            multiply(l, n, d, GROUP, by_position, count / 2, own_sums + begin * l.vocabulary, l.vocabulary);
         }
     }
 
-    void run(Barrier& barrier) const {
-        const long team = omp_get_num_threads(), size = l.vocabulary * (h + LANES);
-        pack_weights();
-        if (l.factor) {
-            std::fill(own_sums, own_sums + size, 0.0f);
-            std::memset(d + l.vocabulary * GROUP, 0, sizeof(Bits) * (v - l.vocabulary) * GROUP);
-        }
-        barrier.wait(team);
-        const Part part(up(l.positions, LANES), LANES);
-        for (long group = part.begin; group < part.end; group += GROUP) {
-            const long count = std::min(GROUP, part.end - group);
-            for (long at = 0; at < count; at += PANEL) {
-                const long first = group + at, n = width(at, count);
-                score(first, n);
-                for (long j = 0; j < n; j++)
-                    differentiate(first + j * LANES, c + j * LANES, n * LANES, d + at + j * LANES);
-                if (l.factor) differentiate_features(first, n, d + at);
-            }
-            if (l.factor) differentiate_weights(group, count);
-        }
-        if (!l.factor) return;
-        barrier.wait(team);
+    // The gradients of weights and biases, of the threads' parts.
+    void sum_parts() const {
+        const long team = omp_get_num_threads(), size = part_size();
         const Part rows(l.vocabulary, 1);
         for (long row = rows.begin; row < rows.end; row++) {
             float bias = 0.0f;
@@ -572,6 +563,30 @@ struct SmallWorker {
                 std::memcpy(l.d_weight + row * l.hidden + unit, &sum, sizeof(float) * std::min(LANES, l.hidden - unit));
             }
         }
+    }
+
+    void run(Barrier& barrier) const {
+        const long team = omp_get_num_threads();
+        pack_weights();
+        if (l.factor) {
+            std::fill(own_sums, own_sums + part_size(), 0.0f);
+            std::memset(d + l.vocabulary * GROUP, 0, sizeof(Bits) * (v - l.vocabulary) * GROUP);
+        }
+        barrier.wait(team);
+        const Part part(up(l.positions, LANES), LANES);
+        for (long group = part.begin; group < part.end; group += GROUP) {
+            const long count = std::min(GROUP, part.end - group);
+            for (long at = 0; at < count; at += PANEL) {
+                const long first = group + at, n = width(at, count);
+                score(first, n);
+                for (long j = 0; j < n; j++)
+                    differentiate(first + j * LANES, c + j * LANES, n * LANES, d + at + j * LANES);
+                if (l.factor) differentiate_features(first, n, d + at);
+            }
+            if (l.factor) differentiate_weights(group, count);
+        }
+        barrier.wait(team);
+        if (l.factor) sum_parts();
     }
 };
 

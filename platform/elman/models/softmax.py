@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.fused_loss import LEAST_LARGE, fused_loss, fused_scores, is_fused, is_small
+from elman.models.fused_loss import fused_loss, fused_scores, is_fused, is_small, pays
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
 """Target that does not count, torch's own."""
 LARGE_VOCABULARY = 4096
 """From here on the logits are computed in chunks: below, the whole is as fast, and small."""
-FUSED_LOGITS = 2**19
-"""Of a large vocabulary, logits from which on the compiled kernel is faster than whole ones."""
 CHUNK = 2048
 """Tokens of the vocabulary at a time: a few hundred rows of them stay in the cache."""
 KEPT_LOGITS = 2**27
@@ -49,10 +47,7 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
 
 def kernel_pays(weight_VH: Tensor, num_targets: int) -> bool:
     """Whether the compiled kernel scores so many targets sooner than whole logits do, under the autocast of now."""
-    vocabulary_size = weight_VH.shape[0]
-    large_enough = vocabulary_size >= LEAST_LARGE and num_targets * vocabulary_size >= FUSED_LOGITS
-    pays = large_enough or is_small(weight_VH, num_targets)
-    return pays and is_fused(_product_type(weight_VH, weight_VH), weight_VH)
+    return pays(weight_VH, num_targets) and is_fused(_product_type(weight_VH, weight_VH), weight_VH)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -87,7 +87,7 @@ def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def model_loss(model: LanguageModel, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
-    """``summed_loss`` of the features, without whole logits where the vocabulary is large."""
+    """``summed_loss`` of the features, without whole logits where that pays."""
     if model.scores_in_parts(targets_BT.numel()):
         return model.loss(features_BTH, targets_BT)
     return summed_loss(model.project(features_BTH), targets_BT)
