@@ -148,6 +148,45 @@ def test_gradients_are_clipped_as_torch_clips_them_to_the_bit(ceiling: float | N
     assert clip_gradients([unused], ceiling) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("nt_asgd", 0.0), ("nt_asgd", 0.9), ("adam", 0.0)]
+)
+def test_an_update_with_clipped_gradients_is_torchs_own_also_where_the_rate_is_lowered_instead(
+    name: Any, momentum: float
+) -> None:
+    torch.manual_seed(0)
+    ours, theirs = model().double(), model().double()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, OptimizerConfig(name=name, lr=0.1, momentum=momentum, weight_decay=0.1))
+    groups = parameter_groups(theirs, 0.1)
+    reference = torch.optim.Adam(groups, 0.1) if name == "adam" else torch.optim.SGD(groups, 0.1, momentum)
+    touched = []
+    for ceiling in (1e-3, 1e9, 0.1):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        clip_gradients(ours.parameters(), ceiling, optimizer)
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        touched.append(any(not torch.equal(mine.grad, other.grad) for mine, other in pairs))
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), ceiling)
+        optimizer.step()
+        reference.step()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-9)
+        assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.1, 0.1), (0.1, 0.0)}
+    lowered = name != "adam" and not momentum
+    assert touched == [not lowered, False, not lowered]
+
+
+def test_an_infinite_gradient_does_not_stop_sgd() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(nn.ParameterList([weight]), OptimizerConfig(name="sgd", weight_decay=0.1))
+    weight.grad = torch.tensor([torch.inf, 1.0])
+    assert clip_gradients([weight], 1.0, optimizer) == torch.inf
+    optimizer.step()
+    assert torch.isnan(weight[0])
+
+
 RULES = [{"name": "adamw"}, {"name": "sgd", "momentum": 0.9}, {"name": "nt_asgd"}]
 
 

@@ -132,7 +132,8 @@ def fused_window(
         bias = bias_ih + bias_hh
     padding = -hidden_size % LANES
     if padding:
-        weight_ih = F.pad(weight_ih.view(-1, hidden_size, weight_ih.shape[1]), (0, 0, 0, padding)).flatten(0, 1)
+        blocks = weight_ih.view(-1, hidden_size, weight_ih.shape[1]).to(torch.bfloat16)  # before there are more
+        weight_ih = torch.cat((blocks, blocks.new_zeros(len(blocks), padding, blocks.shape[2])), 1).flatten(0, 1)
         bias = F.pad(bias.view(-1, hidden_size), (0, padding)).flatten()
         state = tuple(F.pad(part, (0, padding)) for part in state)
     tokens_TB: Tensor | None = None
@@ -251,7 +252,7 @@ def _outer(gates_NG: Tensor, before_NP: Tensor, hidden_size: int) -> Tensor:
     gates = gates_NG.shape[1] // padded_size
     if not _has_tiles():  # a matrix library is as fast then
         sums_GUP = (gates_NG.t() @ before_NP).view(gates, padded_size, padded_size)
-        return sums_GUP[:, :hidden_size, :hidden_size].reshape(-1, hidden_size)
+        return sums_GUP[:, :hidden_size, :hidden_size].float().view(-1, hidden_size)
     sums = torch.empty(gates * hidden_size, hidden_size)
     packed = pooled((-(-count // 32) * 32, padded_size), torch.bfloat16)
     outer = _Outer(

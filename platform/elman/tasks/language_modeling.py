@@ -219,12 +219,10 @@ class LanguageModeling(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to the global norm, and keep the norm: it is the first thing to look at when training fails."""
-        self.grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm)
+        self.grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm, _unwrapped(optimizer))
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.trainer.optimizers[0]
-        # Lightning may wrap it to count steps.
-        return getattr(optimizer, "optimizer", optimizer)
+        return _unwrapped(self.trainer.optimizers[0])
 
     @property
     def lr(self) -> float:
@@ -290,3 +288,8 @@ class LanguageModeling(L.LightningModule):
         self._carry = checkpoint["carry"]
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.progress = checkpoint["progress"]
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    # Lightning may wrap it to count steps.
+    return getattr(optimizer, "optimizer", optimizer)

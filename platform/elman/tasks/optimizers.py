@@ -31,10 +31,43 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def clip_gradients(parameters: Iterable[Tensor], ceiling: float | None) -> Tensor:
+class SGD(torch.optim.SGD):
+    """torch's, whose next step may take the gradients times a factor, in one pass with the update."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self._factor = 1.0
+
+    def scale(self, factor: float) -> bool:
+        """Multiply the gradients of the next step; False where that is not the same as a lower rate."""
+        scales = factor > 0 and not any(group["momentum"] for group in self.param_groups)
+        if scales:
+            self._factor = factor
+        return scales
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step."""
+        factor, self._factor = self._factor, 1.0
+        if factor == 1:
+            return super().step(closure)
+        settings = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        for group, (lr, decay) in zip(self.param_groups, settings, strict=True):
+            group["lr"], group["weight_decay"] = lr * factor, decay / factor
+        try:
+            return super().step(closure)
+        finally:
+            for group, (lr, decay) in zip(self.param_groups, settings, strict=True):
+                group["lr"], group["weight_decay"] = lr, decay
+
+
+def clip_gradients(
+    parameters: Iterable[Tensor], ceiling: float | None, optimizer: torch.optim.Optimizer | None = None
+) -> Tensor:
     """Scale the gradients down to a global L2 norm of ``ceiling``; returns the norm before.
 
-    As torch's clip_grad_norm_, which cannot take sparse gradients with its fast loops.
+    As torch's clip_grad_norm_, which cannot take sparse gradients with its fast loops. An optimizer that
+    can scale them in its next step does it instead.
     """
     limit = float("inf") if ceiling is None else ceiling
     grads = []
@@ -46,8 +79,10 @@ def clip_gradients(parameters: Iterable[Tensor], ceiling: float | None) -> Tenso
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     # Times one is nothing, but reads and writes them all; where asking would wait for a GPU, it is not asked.
-    if factor.device.type != "cpu" or factor != 1:
-        torch._foreach_mul_(grads, factor)
+    on_cpu = factor.device.type == "cpu"
+    if on_cpu and (factor == 1 or (isinstance(optimizer, SGD) and optimizer.scale(factor.item()))):
+        return norm
+    torch._foreach_mul_(grads, factor)
     return norm
 
 
@@ -70,7 +105,7 @@ def _with_own_group(groups: list[dict[str, Any]], own: Tensor, options: dict[str
     return [*(group for group in groups if group["params"]), home | {"params": [own]} | options]
 
 
-class NTASGD(torch.optim.SGD):
+class NTASGD(SGD):
     """Averaged SGD, triggered by a validation loss that stops improving.
 
     From the trigger on, a running mean of the weights is kept beside them; the mean is
@@ -80,11 +115,11 @@ class NTASGD(torch.optim.SGD):
     Args:
         params: As of torch.optim.SGD.
         interval: n of the paper: validations to look back.
-        kwargs: As of torch.optim.SGD.
+        settings: As of torch.optim.SGD.
     """
 
-    def __init__(self, params: Any, *, interval: int, **kwargs: Any) -> None:
-        super().__init__(params, **kwargs)
+    def __init__(self, params: Any, *, interval: int, **settings: Any) -> None:
+        super().__init__(params, **settings)
         self.interval = interval
         self._losses: list[float] = []
         self.averaged_steps: int | None = None
@@ -156,7 +191,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         if apart:
             groups = _with_own_group(groups, model.embedding.weight, apart)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.name == "nt_asgd":
         return NTASGD(groups, lr=config.lr, momentum=config.momentum, interval=config.nonmonotone_interval)
     if config.name == "rmsprop":
