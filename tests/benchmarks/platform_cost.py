@@ -101,7 +101,8 @@ def main() -> None:
             bare = statistics.median(theirs)
             print(f"{hidden_size:6} {1e3 * bare:8.2f} {1e3 * statistics.median(ours):9.2f} {1e3 * added:9.2f}"
                   f" {1e3 * beside:9.2f} {(added + beside) / bare:7.1%}", flush=True)  # fmt: skip
-            results.append({"hidden_size": hidden_size, "elman": ours, "bare": theirs, "added": added, "beside": beside})
+            found = {"elman": ours, "bare": theirs, "added": added, "beside": beside}
+            results.append({"hidden_size": hidden_size, **found})
     write_json(options.json, results)
 
 

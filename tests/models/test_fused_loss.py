@@ -72,6 +72,29 @@ def test_loss_is_good_to_a_millionth_and_every_gradient_to_bfloat16(shape: tuple
         assert distance(ours, true) < 0.005
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("shape", "size"), [((70, 500, 100), 16), ((70, 500, 100), 69), ((33, 97, 40), 1)])
+def test_positions_whose_scores_do_not_fit_are_scored_in_parts(
+    shape: tuple[int, int, int], size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(threads)
+    tensors, targets_N = layer(*shape)
+    targets_N[16:32] = softmax.IGNORED  # a whole part
+    whole = with_gradients(tensors, targets_N)
+    monkeypatch.setattr(fused_loss, "KEPT_LOGITS", size * shape[1])
+    monkeypatch.setattr(fused_loss, "FEWEST_POSITIONS", 1)
+    found, expected = with_gradients(tensors, targets_N), exact(tensors, targets_N)
+    for ours, other, true in zip(found, whole, expected, strict=True):
+        assert distance(ours, true) < 0.005
+        assert distance(ours, other.double()) < 1e-4  # but for what was rounded with another largest score
+
+
+def test_where_no_target_counts_loss_and_gradients_are_zero() -> None:
+    tensors, targets_N = layer(20, 50, 32)
+    found = with_gradients(tensors, torch.full_like(targets_N, softmax.IGNORED))
+    assert all(not value.any() for value in found)
+
+
 def test_a_confident_prediction_has_its_own_small_gradient() -> None:
     (features_NH, weight_VH, bias_V), _ = layer(16, 64, 32)
     with torch.no_grad():
@@ -186,7 +209,7 @@ def test_tokens_that_are_ruled_out_have_no_part_in_it() -> None:
 def test_without_gradients_none_are_computed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, targets_N = layer(20, 50, 32)
     called = []
-    for name in ("_small", "_forward"):
+    for name in ("_small", "_large"):
         whole = getattr(fused_loss, name)
         monkeypatch.setattr(
             fused_loss, name, lambda *given, whole=whole, **named: called.append(named) or whole(*given, **named)
@@ -194,8 +217,7 @@ def test_without_gradients_none_are_computed(mode: Any, monkeypatch: pytest.Monk
     with mode(), torch.autocast("cpu", torch.bfloat16):
         linear_loss(tensors[0].bfloat16(), *tensors[1:], targets_N)
     [named] = called
-    assert named.get("factor") is None
-    assert named.get("kept") is None
+    assert named["factor"] is None
 
 
 def test_biases_may_be_narrower_and_targets_too() -> None:

@@ -1,7 +1,8 @@
 """The loss of a linear layer in bfloat16, by the compiled kernels of linear_loss.cpp.
 
-One serves large vocabularies, whose weights pass through the cache once; the other small ones, whose
-weights stay there: it goes over the text once, and computes the gradients of a mean with the loss.
+One serves large vocabularies, whose weights pass through the cache once forward and once backward; the other
+small ones, whose weights stay there: it goes over the text once. Both compute the gradients of a mean with the
+loss, so that nothing but these is kept until backward.
 
 Shape suffixes: N positions of the text, P of them padded for the kernel, H hidden, V vocabulary.
 """
@@ -22,13 +23,16 @@ SOURCE = Path(__file__).with_name("linear_loss.cpp")
 LANES = 16
 ROWS = 96
 """Of the vocabulary, in a block: as in linear_loss.cpp, which writes a row of ``tops`` for each."""
-SAVED = ("weight", "bias", "features", "targets", "kept", "tops", "lse", "found")
 LEAST_LARGE = 2048
 """Tokens from which on a vocabulary is large: there both kernels are as fast."""
 FEWEST_TARGETS = 128
 """From which on the kernel for small vocabularies pays."""
 FEWEST_LOGITS = 2**19
 """From which on the kernel for large ones does."""
+KEPT_LOGITS = 2**26
+"""Most whose exponentials are kept for the gradients, in two bytes each; unless that were too few positions."""
+FEWEST_POSITIONS = 512
+"""At a time: all weights are read for them."""
 
 
 class _Loss(ctypes.Structure):
@@ -40,9 +44,11 @@ class _Loss(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted"),
-                *("lse", "found", "factors", "d_weight", "d_bias", "d_features", "gathered"),
+                *("lse", "found", "factors", "d_weight", "d_bias"),
             )
         ),
+        ("adds", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("d_features", "gathered")),
     )
 
 
@@ -85,8 +91,7 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
     if not torch.is_grad_enabled():  # else the kernels would compute gradients, or keep what they need for them
         features_NH, weight_VH, bias_V = features_NH.detach(), weight_VH.detach(), bias_V.detach()
-    kind = _FusedSmallLoss if is_small(weight_VH, targets_N.shape[0]) else _FusedLoss
-    loss: Tensor = kind.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
+    loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -96,11 +101,8 @@ def fused_scores(
     """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
     counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
     predicted_N = torch.empty_like(targets_N, dtype=torch.int64, memory_format=torch.contiguous_format)
-    if is_small(weight_VH, targets_N.shape[0]):
-        loss = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)[0]
-    else:
-        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=None, predicted_N=predicted_N)
-        loss = _summed(call, counts_N)
+    compute = _small if is_small(weight_VH, targets_N.shape[0]) else _large
+    loss, _ = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)
     return loss, (predicted_N == targets_N).sum()
 
 
@@ -135,45 +137,10 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
     ) -> Tensor:
-        trained = any(ctx.needs_input_grad)
-        size = _padded(weight_VH.shape[0], 2 * LANES), _padded(targets_N.shape[0], LANES)
-        kept = pooled(size, torch.bfloat16) if trained else None
-        call = _forward(features_NH, weight_VH, bias_V, targets_N, kept=kept)
-        ctx.save_for_backward(*(call[name] for name in SAVED))
-        ctx.counts_N = counts_N
-        return _summed(call, counts_N)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        call: dict[str, Tensor | None] = dict(zip(SAVED, ctx.saved_tensors, strict=True))
-        weight_VH, bias_V, features_NH, _, kept, *_ = ctx.saved_tensors
-        threads, padded, hidden_size = torch.get_num_threads(), kept.shape[1], _padded(weight_VH.shape[1], 2 * LANES)
-        factors_P = torch.zeros(padded)
-        factors_P[: features_NH.shape[0]] = ctx.counts_N * d_loss
-        wants_features, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        d_weight_VH = pooled(weight_VH.shape, torch.float32) if wants_weight else None
-        d_bias_V = torch.empty(bias_V.shape)
-        d_features_NH = torch.empty(features_NH.shape, dtype=torch.bfloat16) if wants_features else None
-        call |= {
-            "factors": factors_P,
-            "d_weight": d_weight_VH,
-            "d_bias": d_bias_V,
-            "d_features": d_features_NH,
-            "gathered": torch.empty(threads, padded, hidden_size) if wants_features else None,
-        }
-        _call(call, is_forward=False)
-        return d_features_NH, d_weight_VH, d_bias_V if wants_bias else None, None, None
-
-
-class _FusedSmallLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
-    ) -> Tensor:
         # The sum will be divided by the number of targets: what is wanted later are the gradients of the mean.
         ctx.factor = counts_N.sum().float().reciprocal() if any(ctx.needs_input_grad) else None
-        loss, gradients = _small(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
+        compute = _small if is_small(weight_VH, targets_N.shape[0]) else _large
+        loss, gradients = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -237,37 +204,65 @@ def _small(
     return losses_N.sum(), gradients
 
 
-def _forward(
+def _large(
     features_NH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor,
     targets_N: Tensor,
+    counts_N: Tensor,
     *,
-    kept: Tensor | None,
+    factor: Tensor | None = None,
     predicted_N: Tensor | None = None,
-) -> dict[str, Tensor | None]:
-    padded = _padded(targets_N.shape[0], LANES)
+) -> tuple[Tensor, list[Tensor]]:
+    """The same, by as many positions at a time as ``KEPT_LOGITS`` allows where gradients are wanted."""
+    features_NH, targets_N = _rows(features_NH), targets_N.long().contiguous()
+    (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
+    size, threads = num_positions, torch.get_num_threads()
     call: dict[str, Tensor | None] = {
         "weight": weight_VH.detach().contiguous(),
         "bias": bias_V.detach().float().contiguous(),
-        "features": _rows(features_NH),
-        "targets": targets_N.long().contiguous(),
-        "kept": kept,
-        "tops": None if kept is None else torch.empty(-(-weight_VH.shape[0] // ROWS), padded),
-        "sums": torch.empty(torch.get_num_threads(), 3, padded),
         "predicted": predicted_N,
-        "lse": torch.zeros(padded),
-        "found": torch.zeros(padded),
     }
-    _call(call, is_forward=True)
-    return call
-
-
-def _summed(call: dict[str, Tensor | None], counts_N: Tensor) -> Tensor:
-    lse_P, found_P = call["lse"], call["found"]
-    assert lse_P is not None
-    assert found_P is not None
-    return ((lse_P - found_P)[: len(counts_N)] * counts_N).sum()
+    gradients = []
+    if factor is not None:
+        gradients = [
+            torch.empty(num_positions, hidden_size, dtype=torch.bfloat16),
+            pooled((vocabulary_size, hidden_size), torch.float32),
+            torch.empty(bias_V.shape),
+        ]
+        num_parts = -(-num_positions // max(FEWEST_POSITIONS, KEPT_LOGITS // vocabulary_size))
+        size = _padded(-(-num_positions // num_parts), LANES)
+        call["kept"] = pooled((_padded(vocabulary_size, 2 * LANES), size), torch.bfloat16)
+    loss = torch.zeros(())
+    for begin in range(0, num_positions, size):
+        part = slice(begin, begin + size)
+        counts_n = counts_N[part]
+        count = len(counts_n)
+        padded = _padded(count, LANES)
+        lse_P, found_P = torch.zeros(padded), torch.zeros(padded)
+        call |= {
+            "features": features_NH[part],
+            "targets": targets_N[part],
+            "tops": torch.empty(-(-vocabulary_size // ROWS), padded),
+            "sums": torch.empty(threads, 3, padded),
+            "lse": lse_P,
+            "found": found_P,
+        }
+        _call(call, is_forward=True)
+        loss += ((lse_P - found_P)[:count] * counts_n).sum()
+        if factor is not None:
+            factors_P = torch.zeros(padded)
+            factors_P[:count] = torch.where(counts_n, factor, 0)
+            d_features_NH, d_weight_VH, d_bias_V = gradients
+            call |= {
+                "factors": factors_P,
+                "d_weight": d_weight_VH,
+                "d_bias": d_bias_V,
+                "d_features": d_features_NH[part],
+                "gathered": torch.empty(threads, padded, _padded(hidden_size, 2 * LANES)),
+            }
+            _call(call, is_forward=False, adds=begin > 0)
+    return loss, gradients
 
 
 def _rows(features_NH: Tensor) -> Tensor:
@@ -280,7 +275,7 @@ def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
+def _call(tensors: dict[str, Tensor | None], *, is_forward: bool, adds: bool = False) -> None:
     weight, features, library = tensors["weight"], tensors["features"], _kernels()
     assert weight is not None
     assert features is not None
@@ -295,6 +290,7 @@ def _call(tensors: dict[str, Tensor | None], *, is_forward: bool) -> None:
         vocabulary=weight.shape[0],
         stride=features.stride(0),
         tiles=_has_tiles(),
+        adds=adds,
         **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},
     )
     library.elman_linear_loss(ctypes.byref(loss), int(is_forward))

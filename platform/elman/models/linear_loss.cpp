@@ -2,7 +2,7 @@
 //
 // What threads add up depends on their number, and on nothing else.
 //
-// A large vocabulary: the scores are computed transposed, a token of the vocabulary in a row and the
+// A large vocabulary, whose text comes in parts of so many positions that their scores fit: the scores are computed transposed, a token of the vocabulary in a row and the
 // positions of the text in its columns: so the weights are the left factor as they lie in memory, and the
 // sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
 // summed, and its exponentials kept where backward will want them, relative to the largest score that was
@@ -40,9 +40,10 @@ struct Loss {
     float* found;            // (N): the targets' scores
     // Backward only.
     const float* factors;    // (N): of the gradients, zero for padding and for targets that do not count
-    float* d_weight;         // (V, H), or null
+    float* d_weight;         // (V, H)
     float* d_bias;           // (V)
-    Bits* d_features;        // (N, H), or null
+    int64_t adds;            // to the two of them, which other positions have begun
+    Bits* d_features;        // (N, H)
     float* gathered;         // (threads, H × N, padded): panels of the transpose of the threads' parts
 };
 
@@ -285,7 +286,7 @@ struct BackwardWorker {
         turned = pairs + ROWS * s.n;  // (h, ROWS): the block's weights, transposed
         c = (float*)(turned + ROWS * s.h);
         scales = c + ROWS * PANEL;
-        gathered = l.gathered ? l.gathered + omp_get_thread_num() * s.h * s.n : nullptr;
+        gathered = l.gathered + omp_get_thread_num() * s.h * s.n;
     }
 
     Bits* panel_pairs(long panel) const { return pairs + s.first(panel) * LANES * ROWS; }
@@ -309,7 +310,7 @@ struct BackwardWorker {
                 }
         }
         for (long row = begin; row < std::min(end, l.vocabulary); row++) {
-            float total = 0.0f;
+            float total = l.adds ? l.d_bias[row] : 0.0f;
             for (long lane = 0; lane < LANES; lane++) total += d_bias[row - begin][lane];
             l.d_bias[row] = total;
         }
@@ -341,11 +342,13 @@ struct BackwardWorker {
         if (count <= 0) return;
         for (long unit = 0; unit < l.hidden; unit += PANEL) {
             const long n = width(unit, l.hidden);
-            std::memset(c, 0, sizeof(float) * count * n * LANES);
-            multiply(l, n, rows, s.n, l.packed + unit * s.n, s.n / 2, c, count);
             const size_t size = sizeof(float) * std::min(n * LANES, l.hidden - unit);
-            for (long row = 0; row < count; row++)
-                std::memcpy(l.d_weight + (begin + row) * l.hidden + unit, c + row * n * LANES, size);
+            float* const to = l.d_weight + begin * l.hidden + unit;
+            std::memset(c, 0, sizeof(float) * count * n * LANES);
+            if (l.adds)
+                for (long row = 0; row < count; row++) std::memcpy(c + row * n * LANES, to + row * l.hidden, size);
+            multiply(l, n, rows, s.n, l.packed + unit * s.n, s.n / 2, c, count);
+            for (long row = 0; row < count; row++) std::memcpy(to + row * l.hidden, c + row * n * LANES, size);
         }
     }
 
@@ -368,15 +371,15 @@ struct BackwardWorker {
     }
 
     void run() const {
-        if (gathered) std::fill(gathered, gathered + s.h * s.n, 0.0f);
+        std::fill(gathered, gathered + s.h * s.n, 0.0f);
         const Part part(s.v, ROWS);
         for (long begin = part.begin; begin < part.end; begin += ROWS) {
             const long end = std::min(begin + ROWS, part.end);
             for (long n = 0; n < s.n; n += LANES) store(scales + n, scale_at(s, begin / ROWS, n));
             differentiate(begin, end);
             differentiate_targets(begin, end);
-            if (l.d_weight) differentiate_weights(begin, end);
-            if (gathered) differentiate_features(begin, end);
+            differentiate_weights(begin, end);
+            differentiate_features(begin, end);
         }
     }
 };
@@ -410,7 +413,7 @@ void backward(const Sizes& s, Barrier& barrier) {
     barrier.wait(team);
     BackwardWorker(s).run();
     barrier.wait(team);
-    if (s.l.d_features) sum_features(s);
+    sum_features(s);
 }
 
 // Small vocabularies -----------------------------------------------------------------------

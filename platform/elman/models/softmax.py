@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elman.models.fused_loss import fused_loss, fused_scores, is_fused, is_small, pays
+from elman.models.fused_loss import fused_loss, fused_scores, is_fused, pays
 from elman.models.initialization import initialize_output
 
 IGNORED = -100
@@ -37,9 +37,7 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         targets_N: Token ids; ``IGNORED`` ones do not count.
     """
     dtype = _product_type(features_NH, weight_VH)
-    num_logits = targets_N.shape[0] * weight_VH.shape[0]
-    fits = is_small(weight_VH, targets_N.shape[0]) or num_logits <= KEPT_LOGITS
-    if num_logits and fits and is_fused(dtype, weight_VH):
+    if targets_N.numel() and is_fused(dtype, weight_VH):
         return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
