@@ -34,21 +34,22 @@ KEPT_LOGITS = 2**26
 FEWEST_POSITIONS = 512
 """At a time: all weights are read for them."""
 
+NUMBERS = ("threads", "positions", "hidden", "vocabulary", "stride", "tiles")
+"""With which the structs of both kernels begin."""
+
 
 class _Loss(ctypes.Structure):
     """struct Loss of linear_loss.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "stride", "tiles")),
+        *((name, ctypes.c_int64) for name in (*NUMBERS, "adds")),
         *(
             (name, ctypes.c_void_p)
             for name in (
                 *("weight", "bias", "features", "targets", "packed", "kept", "tops", "sums", "predicted"),
-                *("lse", "found", "factors", "d_weight", "d_bias"),
+                *("lse", "found", "factors", "d_weight", "d_bias", "d_features", "gathered"),
             )
         ),
-        ("adds", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("d_features", "gathered")),
     )
 
 
@@ -56,7 +57,7 @@ class _SmallLoss(ctypes.Structure):
     """struct SmallLoss of linear_loss.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "positions", "hidden", "vocabulary", "stride", "tiles")),
+        *((name, ctypes.c_int64) for name in NUMBERS),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -165,14 +166,12 @@ def _small(
     predicted_N: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and with a factor its product with the gradients: of features, weights and biases."""
-    features_NH = _rows(features_NH)
-    (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
+    vocabulary_size, hidden_size = weight_VH.shape
     threads, padded = torch.get_num_threads(), _padded(hidden_size, 2 * LANES)
-    losses_N = torch.empty(num_positions)
+    losses_N = torch.empty(targets_N.shape[0])
     call: dict[str, Tensor | None] = {
-        "weight": weight_VH.detach().contiguous(),
-        "bias": bias_V.detach().float().contiguous(),
-        "features": features_NH,
+        **_layer(weight_VH, bias_V),
+        "features": _rows(features_NH),
         "targets": torch.where(counts_N, targets_N, -1).long(),
         "predicted": predicted_N,
         "losses": losses_N,
@@ -180,24 +179,12 @@ def _small(
     }
     gradients = []
     if factor is not None:
-        gradients = [
-            pooled((num_positions, hidden_size), torch.bfloat16),
-            torch.empty_like(weight_VH, memory_format=torch.contiguous_format),
-            torch.empty(bias_V.shape),
-        ]
+        gradients = _gradients(features_NH, weight_VH, bias_V)
         call |= dict(zip(("d_features", "d_weight", "d_bias"), gradients, strict=True))
         call["factor"] = factor
         call["right"] = torch.empty(_padded(vocabulary_size, 2), padded, dtype=torch.bfloat16)
         call["sums"] = torch.empty(threads, vocabulary_size, padded + LANES)
-    loss = _SmallLoss(
-        threads=threads,
-        positions=num_positions,
-        hidden=hidden_size,
-        vocabulary=vocabulary_size,
-        stride=features_NH.stride(0),
-        tiles=_has_tiles(),
-        **{name: tensor.data_ptr() for name, tensor in call.items() if tensor is not None},
-    )
+    loss = _SmallLoss(**_arguments(call))
     library = _kernels()
     assert library is not None
     library.elman_small_loss(ctypes.byref(loss))
@@ -218,18 +205,10 @@ def _large(
     features_NH, targets_N = _rows(features_NH), targets_N.long().contiguous()
     (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
     size, threads = num_positions, torch.get_num_threads()
-    call: dict[str, Tensor | None] = {
-        "weight": weight_VH.detach().contiguous(),
-        "bias": bias_V.detach().float().contiguous(),
-        "predicted": predicted_N,
-    }
+    call: dict[str, Tensor | None] = {**_layer(weight_VH, bias_V), "predicted": predicted_N}
     gradients = []
     if factor is not None:
-        gradients = [
-            torch.empty(num_positions, hidden_size, dtype=torch.bfloat16),
-            pooled((vocabulary_size, hidden_size), torch.float32),
-            torch.empty(bias_V.shape),
-        ]
+        gradients = _gradients(features_NH, weight_VH, bias_V)
         num_parts = -(-num_positions // max(FEWEST_POSITIONS, KEPT_LOGITS // vocabulary_size))
         size = _padded(-(-num_positions // num_parts), LANES)
         call["kept"] = pooled((_padded(vocabulary_size, 2 * LANES), size), torch.bfloat16)
@@ -265,6 +244,17 @@ def _large(
     return loss, gradients
 
 
+def _layer(weight_VH: Tensor, bias_V: Tensor) -> dict[str, Tensor]:
+    """Weights and biases as the kernels read them."""
+    return {"weight": weight_VH.detach().contiguous(), "bias": bias_V.detach().float().contiguous()}
+
+
+def _gradients(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> list[Tensor]:
+    """Memory for the gradients, as the kernels write them."""
+    types = (torch.bfloat16, torch.float32, torch.float32)
+    return [pooled(like.shape, dtype) for like, dtype in zip((features_NH, weight_VH, bias_V), types, strict=True)]
+
+
 def _rows(features_NH: Tensor) -> Tensor:
     """The features as the kernels read them: bfloat16, each row in one piece."""
     features_NH = features_NH.detach().to(torch.bfloat16)
@@ -276,24 +266,23 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _call(tensors: dict[str, Tensor | None], *, is_forward: bool, adds: bool = False) -> None:
-    weight, features, library = tensors["weight"], tensors["features"], _kernels()
-    assert weight is not None
+    features, library = tensors["features"], _kernels()
     assert features is not None
     assert library is not None
     num_positions, hidden_size = features.shape
-    padded, threads = _padded(num_positions, LANES), torch.get_num_threads()
-    packed = torch.empty(padded, _padded(hidden_size, 2 * LANES), dtype=torch.bfloat16)
-    loss = _Loss(
-        threads=threads,
-        positions=num_positions,
-        hidden=hidden_size,
-        vocabulary=weight.shape[0],
-        stride=features.stride(0),
-        tiles=_has_tiles(),
-        adds=adds,
-        **{name: tensor.data_ptr() for name, tensor in {**tensors, "packed": packed}.items() if tensor is not None},
-    )
+    packed = torch.empty(_padded(num_positions, LANES), _padded(hidden_size, 2 * LANES), dtype=torch.bfloat16)
+    loss = _Loss(**_arguments({**tensors, "packed": packed}), adds=adds)
     library.elman_linear_loss(ctypes.byref(loss), int(is_forward))
+
+
+def _arguments(tensors: dict[str, Tensor | None]) -> dict[str, int]:
+    """``NUMBERS``, and where the tensors lie."""
+    weight, features = tensors["weight"], tensors["features"]
+    assert weight is not None
+    assert features is not None
+    numbers = (torch.get_num_threads(), *features.shape, weight.shape[0], features.stride(0), int(_has_tiles()))
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+    return dict(zip(NUMBERS, numbers, strict=True)) | addresses
 
 
 def _kernels() -> ctypes.CDLL | None:

@@ -2,9 +2,9 @@
 //
 // What threads add up depends on their number, and on nothing else.
 //
-// A large vocabulary, whose text comes in parts of so many positions that their scores fit: the scores are computed transposed, a token of the vocabulary in a row and the
-// positions of the text in its columns: so the weights are the left factor as they lie in memory, and the
-// sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
+// A large vocabulary, whose text may come in parts, a call forward and one backward for each: the scores are
+// computed transposed, a token of the vocabulary in a row and the positions of the text in its columns: so the
+// weights are the left factor as they lie in memory, and the sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
 // summed, and its exponentials kept where backward will want them, relative to the largest score that was
 // known by then. Backward turns a block of them into the scores' gradients, and multiplies those with the
 // features for the weights' gradient, which is written once, in float32; and with the weights for the
@@ -27,6 +27,7 @@
 // A call for a large vocabulary, as Python describes it. Pointers that a call does not need are null.
 struct Loss {
     int64_t threads, positions, hidden, vocabulary, stride, tiles;
+    int64_t adds;            // backward: to d_weight and d_bias, which other positions have begun
     const float* weight;     // (V, H)
     const float* bias;       // (V)
     const Bits* features;    // (N, stride), of which H columns count
@@ -42,7 +43,6 @@ struct Loss {
     const float* factors;    // (N): of the gradients, zero for padding and for targets that do not count
     float* d_weight;         // (V, H)
     float* d_bias;           // (V)
-    int64_t adds;            // to the two of them, which other positions have begun
     Bits* d_features;        // (N, H)
     float* gathered;         // (threads, H × N, padded): panels of the transpose of the threads' parts
 };

@@ -34,9 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class SGD(torch.optim.SGD):
     """torch's, whose next step may take the gradients times a factor, in one pass with the update."""
 
-    def __init__(self, params: Any, **settings: Any) -> None:
-        super().__init__(params, **settings)
-        self._factor = 1.0
+    _factor = 1.0
 
     def scale(self, factor: float) -> bool:
         """Multiply the gradients of the next step; False where that is not the same as a lower rate."""
@@ -115,11 +113,11 @@ class NTASGD(SGD):
     Args:
         params: As of torch.optim.SGD.
         interval: n of the paper: validations to look back.
-        settings: As of torch.optim.SGD.
+        kwargs: As of torch.optim.SGD.
     """
 
-    def __init__(self, params: Any, *, interval: int, **settings: Any) -> None:
-        super().__init__(params, **settings)
+    def __init__(self, params: Any, *, interval: int, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
         self.interval = interval
         self._losses: list[float] = []
         self.averaged_steps: int | None = None
