@@ -11,9 +11,10 @@ from torch import Tensor
 from elman.config.schema import ModelConfig
 from elman.models import fused
 from elman.models.cells import CELLS, CellWeights, unroll
-from elman.models.fused import LAYOUTS, Rows, fused_window
+from elman.models.fused import LAYOUTS, Resets, Rows, fused_window
 from elman.models.language_model import LanguageModel
 from elman.models.recurrent import RecurrentLayer
+from elman.models.state import pieces, replace_rows
 from kernel_support import PRODUCTS, use_product
 
 SHAPES = [(1, 1, 5), (3, 2, 33), (64, 17, 512), (100, 3, 70), (5, 4, 16), (20, 3, 400)]
@@ -33,7 +34,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class Case:
     """Random weights, states and inputs of one layer."""
 
-    def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: int = 0) -> None:
+    def __init__(
+        self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: int = 0, resets: float = 0
+    ) -> None:
         torch.manual_seed(0)
         self.kind = kind
         size = LAYOUTS[kind].gates * hidden_size
@@ -51,17 +54,20 @@ class Case:
         self.state = tuple(leaf(batch_size, hidden_size, scale=0.5) for _ in range(num_states))
         self.given = leaf(rows, I) if rows else leaf(batch_size, length, I)
         self.index = torch.randint(rows, (batch_size, length)) if rows else None
+        self.start = tuple(leaf(1, hidden_size, scale=0.5) for _ in range(num_states)) if resets else ()
+        self.where = torch.rand(batch_size, length) < resets
         self.d_outputs = torch.randn(batch_size, length, hidden_size)
         self.d_state = [torch.randn(batch_size, hidden_size) for _ in self.state]
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self.given, *self.weights, *self.state]
+        return [self.given, *self.weights, *self.state, *self.start]
 
     def run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.autocast("cpu", torch.bfloat16):
             x = self.given if self.index is None else Rows(self.given, self.index)
-            return fused_window(self.kind, x, self.state, self.weights)
+            resets = Resets(self.where, self.start) if self.start else None
+            return fused_window(self.kind, x, self.state, self.weights, resets)
 
     def loss(self, outputs: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         sums = [(part * factor).sum() for part, factor in zip(state, self.d_state, strict=True)]
@@ -76,7 +82,14 @@ class Case:
         """The same in double precision."""
         given, *rest = (leaf.detach().double().requires_grad_() for leaf in self.leaves)
         x = given if self.index is None else given[self.index]
-        outputs, state = unroll(CELLS[self.kind], x, tuple(rest[4:]), CellWeights(*rest[:4]))
+        weights, state = CellWeights(*rest[:4]), tuple(rest[4 : 4 + len(self.state)])
+        outputs = []
+        for step in range(x.shape[1]):
+            if self.start:
+                (state,) = replace_rows((state,), (tuple(rest[4 + len(self.state) :]),), self.where[:, step])
+            out_BTH, state = unroll(CELLS[self.kind], x[:, step : step + 1], state, weights)
+            outputs.append(out_BTH)
+        outputs = torch.cat(outputs, dim=1)
         return [outputs, *state, *torch.autograd.grad(self.loss(outputs, state), [given, *rest])]
 
 
@@ -93,6 +106,42 @@ def test_window_equals_written_out_cell_forward_and_in_every_gradient(
     case = Case(kind, *shape, rows=rows)
     distances = [distance(*pair) for pair in zip(case.found(), case.expected(), strict=True)]
     assert max(distances) < 0.015, distances  # bfloat16 has steps of 0.4 to 0.8 percent
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 9, 33), (64, 17, 512), (100, 5, 70)], ids=str)
+@pytest.mark.parametrize("rows", [0, V], ids=["dense", "rows"])
+@pytest.mark.parametrize("often", [0.3, 1.0], ids=str)
+def test_resets_put_the_start_in_the_state_s_place_forward_and_in_every_gradient(
+    kind: str, shape: tuple[int, int, int], rows: int, often: float
+) -> None:
+    case = Case(kind, *shape, rows=rows, resets=often)
+    assert case.where.any()
+    for found, expected in zip(case.found(), case.expected(), strict=True):
+        if expected.any():
+            assert distance(found, expected) < 0.015
+        else:  # of what no step sees, as the state before where every row is reset at once
+            assert not found.any()
+
+
+@every_kind
+def test_a_window_with_resets_equals_its_pieces_to_the_bit(kind: str) -> None:
+    case = Case(kind, 3, 9, 20, rows=V, resets=0.2)
+    assert 0 < case.where.any(0).sum() < 9
+    whole, last = case.run()
+    outputs, state = [], case.state
+    for begin, end, rows in pieces(case.where):
+        if rows is not None:
+            (state,) = replace_rows((state,), (case.start,), rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, state = fused_window(kind, Rows(case.given, case.index).steps(begin, end), state, case.weights)
+        outputs.append(out)
+    assert torch.equal(torch.cat(outputs, dim=1), whole)
+    assert all(torch.equal(one, two) for one, two in zip(state, last, strict=True))
+    with torch.inference_mode():
+        found, found_state = case.run()
+    assert torch.equal(found, whole)
+    assert all(torch.equal(one, two) for one, two in zip(found_state, last, strict=True))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYOUTS if kind != "rnn_relu"])
@@ -114,8 +163,8 @@ def test_gates_are_good_to_a_millionth_where_no_product_is_rounded(kind: str) ->
 
 @every_kind
 def test_results_are_the_same_bits_with_any_number_of_threads_and_every_time(kind: str) -> None:
-    for hidden_size in (33, 200):
-        case = Case(kind, 5, 6, hidden_size)
+    for hidden_size, resets in ((33, 0), (200, 0), (33, 0.3)):
+        case = Case(kind, 5, 6, hidden_size, resets=resets)
         results = []
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
@@ -136,7 +185,7 @@ def test_a_table_s_gradient_is_the_same_bits_with_any_number_of_threads(kind: st
     gradients = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        outputs, *_ = fused._FusedWindow.apply(kind, table_VG, tokens_TB, weight_hh, bias_C, *state)
+        outputs, *_ = fused._FusedWindow.apply(kind, table_VG, tokens_TB, weight_hh, bias_C, None, *state)
         gradients += torch.autograd.grad(outputs.float().pow(2).sum(), table_VG)
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
@@ -169,7 +218,7 @@ def test_evaluation_gives_the_outputs_of_training(kind: str) -> None:
 
 @every_kind
 def test_gradients_do_not_depend_on_which_others_are_wanted(kind: str) -> None:
-    case = Case(kind, 4, 5, 24)
+    case = Case(kind, 4, 5, 24, resets=0.3)
     wanted = case.found()[1 + len(case.state) :]
     for index, leaf in enumerate(case.leaves):
         for other in case.leaves:

@@ -31,6 +31,10 @@ struct Window {
     float* h;                // (B, P): in the state before, out the one after
     float* c;                // (B, P) for evaluation, (T + 1, B, P) for training; the textbook's GRU keeps z there
     Bits* outputs;           // (T + 1, B, P) bfloat16: h before and after every step
+    Bits* before;            // (T, B, P) bfloat16: h before every step; with resets memory of its own, else in outputs
+    const uint8_t* resets;   // (T, B), or null: where start is put in the state's place before the step
+    const float* start_h;    // (P)
+    const float* start_c;
     Bits* saved;             // (T, B, columns P) half: what backward needs
     Bits* reset;             // (T, B, P) bfloat16: r ⊙ h, where it is what is multiplied
     // Backward only.
@@ -38,9 +42,11 @@ struct Window {
     const Bits* d_outputs;   // (T, B, P) bfloat16, or null
     float* d_h;              // (B, P): in the gradient of the last state, out of the first
     float* d_c;
+    float* d_start_h;        // (P), with resets
+    float* d_start_c;
     float* d_table;          // (V, gates P), with tokens
     float* d_bias;           // (columns P)
-    int64_t wants_d_h;       // whether the first state's gradient is wanted
+    int64_t wants_d_h;       // whether the gradient of the first state, or of start, is wanted
 };
 
 // A sum of outer products over all steps and rows of the batch, as Python describes it.
@@ -60,6 +66,26 @@ thread_local Scratch scratch;
 constexpr long ROWS = 96;  // at a time: their sums fit into L1 beside the weights that pass through
 
 inline long padded(const Window& w) { return (w.hidden + LANES - 1) / LANES * LANES; }
+
+// Whether the state is reset before the step, ``at`` being step × batch + row.
+inline bool is_reset(const Window& w, long at) { return w.resets && w.resets[at]; }
+
+// What is carried into a step in single precision.
+inline const float* h_before(const Window& w, long at, long units, long row, long unit) {
+    return is_reset(w, at) ? w.start_h + unit : w.h + row * units + unit;
+}
+
+inline const float* c_before(const Window& w, long at, long units, long row, long unit) {
+    return is_reset(w, at) ? w.start_c + unit : w.c + (w.saved ? at : row) * units + unit;
+}
+
+// h of a step, rounded: for the layer above, and for the next step.
+inline void put(const Window& w, long at, long units, long unit, Floats h) {
+    const long next = w.batch + at;
+    to_bf16(w.outputs + next * units + unit, h);
+    if (w.resets && next < w.steps * w.batch)
+        to_bf16(w.before + next * units + unit, w.resets[next] ? load<Floats>(w.start_h + unit) : h);
+}
 
 // What a thread works on: its panels, each of some vectors of units, with their weights.
 struct Worker {
@@ -156,8 +182,8 @@ struct Worker {
         for (long p = first; p < last; p++)
             for (long row = 0; row < w.batch; row++)
                 for (long v = 0; v < vectors(p); v++) {
-                    const long at = row * units + begin(p) + v * LANES;
-                    to_bf16(w.outputs + at, load<Floats>(w.h + at));
+                    const long unit = begin(p) + v * LANES;
+                    to_bf16(w.before + row * units + unit, load<Floats>(h_before(w, row, units, row, unit)));
                 }
     }
 };
@@ -185,7 +211,7 @@ struct Rnn {
             h = tangent(a);
             slope = 1.0f - h * h;
         }
-        to_bf16(w.outputs + (w.batch + at) * units + unit, h);
+        put(w, at, units, unit, h);
         if (w.saved) to_half(w.saved + at * units + unit, slope);
         if (t == w.steps - 1) store(w.h + row * units + unit, h);
     }
@@ -202,12 +228,11 @@ struct Lstm {
     static void forward(const Window& w, long t, long at, long units, long row, long unit, const float* s, Floats) {
         const Floats i = sigmoid(load<Floats>(s)), f = sigmoid(load<Floats>(s + LANES));
         const Floats g = tangent(load<Floats>(s + 2 * LANES)), o = sigmoid(load<Floats>(s + 3 * LANES));
-        const float* before = w.c + (w.saved ? at : row) * units + unit;
         float* after = w.c + (w.saved ? w.batch + at : row) * units + unit;
-        const Floats c = f * load<Floats>(before) + i * g;
+        const Floats c = f * load<Floats>(c_before(w, at, units, row, unit)) + i * g;
         const Floats h = o * tangent(c);
         store(after, c);
-        to_bf16(w.outputs + (w.batch + at) * units + unit, h);
+        put(w, at, units, unit, h);
         if (w.saved) {
             Bits* saved = w.saved + at * 4 * units + unit;
             to_half(saved, i);
@@ -226,7 +251,7 @@ struct Lstm {
         float* carried = w.d_c + row * units + unit;
         const Floats dc = load<Floats>(carried) + dh * o * (1.0f - squashed * squashed);
         d[0] = dc * g * i * (1.0f - i);
-        d[1] = dc * load<Floats>(w.c + at * units + unit) * f * (1.0f - f);
+        d[1] = dc * load<Floats>(c_before(w, at, units, row, unit)) * f * (1.0f - f);
         d[2] = dc * i * (1.0f - g * g);
         d[3] = dh * squashed * o * (1.0f - o);
         store(carried, dc * f);
@@ -241,10 +266,9 @@ struct Gru {
         const Floats r = sigmoid(load<Floats>(s)), z = sigmoid(load<Floats>(s + LANES));
         const Floats product = load<Floats>(s + 2 * LANES);
         const Floats n = tangent(x + r * product);
-        float* carried = w.h + row * units + unit;
-        const Floats h = n + z * (load<Floats>(carried) - n);
-        store(carried, h);
-        to_bf16(w.outputs + (w.batch + at) * units + unit, h);
+        const Floats h = n + z * (load<Floats>(h_before(w, at, units, row, unit)) - n);
+        store(w.h + row * units + unit, h);
+        put(w, at, units, unit, h);
         if (w.saved) {
             Bits* saved = w.saved + at * 4 * units + unit;
             to_half(saved, n);
@@ -258,7 +282,7 @@ struct Gru {
         const Bits* saved = w.saved + at * 4 * units + unit;
         const Floats n = from_half(saved), r = from_half(saved + units);
         const Floats z = from_half(saved + 2 * units), product = from_half(saved + 3 * units);
-        const Floats before = from_bf16(w.outputs + at * units + unit);
+        const Floats before = from_bf16(w.before + at * units + unit);
         d[0] = dh * (1.0f - z) * (1.0f - n * n);
         d[1] = d[0] * product * r * (1.0f - r);
         d[2] = dh * (before - n) * z * (1.0f - z);
@@ -288,7 +312,7 @@ void forward(const Window& w) {
         worker.wait();
         for (long t = 0; t < w.steps; t++) {
             worker.sweep(
-                gates, w.outputs + t * w.batch * units, units, worker.weights, units / 2,
+                gates, w.before + t * w.batch * units, units, worker.weights, units / 2,
                 [&](long unit, long row, long end, float* s, long stride) {
                     Floats bias[gates];
                     for (long g = 0; g < gates; g++)
@@ -317,23 +341,43 @@ void forward(const Window& w) {
     }
 }
 
+inline void add(float* sum, Floats d) { store(sum, load<Floats>(sum) + d); }
+
 // The gradients of one vector of units at one step: rounded, and summed into the biases' and the table's.
 template <long COLUMNS, long GATES, bool TABLE>
 inline void keep(const Window& w, long at, long units, long unit, long column, Floats d, Floats& d_bias) {
     to_bf16(w.gates + (at * COLUMNS + column) * units + unit, d);
     d_bias += d;
-    if (TABLE && column < GATES) {
-        float* sum = w.d_table + (w.tokens[at] * GATES + column) * units + unit;
-        store(sum, load<Floats>(sum) + d);
-    }
+    if (TABLE && column < GATES) add(w.d_table + (w.tokens[at] * GATES + column) * units + unit, d);
 }
 
-// What reaches h of step t from outside of the recurrent product.
+// Whether the next step does not see the state after step t.
+inline bool is_cut(const Window& w, long t, long row) {
+    return t < w.steps - 1 && is_reset(w, (t + 1) * w.batch + row);
+}
+
+inline Floats d_output(const Window& w, long t, long units, long row, long unit) {
+    return t >= 0 && w.d_outputs ? from_bf16(w.d_outputs + (t * w.batch + row) * units + unit) : Floats{};
+}
+
+// What the recurrent product is added to, for the gradient of h after step t, or of the start that followed it.
 inline Floats d_h_at(const Window& w, long t, long units, long row, long unit, bool carries) {
     Floats sum{};
     if (carries || t == w.steps - 1) sum = load<Floats>(w.d_h + row * units + unit);
-    if (t >= 0 && w.d_outputs) sum += from_bf16(w.d_outputs + (t * w.batch + row) * units + unit);
-    return sum;
+    return is_cut(w, t, row) ? sum : sum + d_output(w, t, units, row, unit);
+}
+
+// The gradient of h after step t, of what d_h_at and the product came to.
+inline Floats d_h_after(const Window& w, long t, long units, long row, long unit, const float* s) {
+    const Floats sum = load<Floats>(s);
+    if (!is_cut(w, t, row)) return sum;
+    add(w.d_start_h + unit, sum);
+    if (w.d_c) {
+        float* carried = w.d_c + row * units + unit;
+        add(w.d_start_c + unit, load<Floats>(carried));
+        store(carried, Floats{});
+    }
+    return d_output(w, t, units, row, unit);
 }
 
 template <class Cell, bool TABLE>
@@ -355,14 +399,15 @@ void backward(const Window& w) {
                 },
                 [&](long unit, long row, long end, const float* s, long stride) {
                     if (t < 0) {
-                        for (; row < end; row++, s += stride) store(w.d_h + row * units + unit, load<Floats>(s));
+                        for (; row < end; row++, s += stride)
+                            store(w.d_h + row * units + unit, d_h_after(w, t, units, row, unit, s));
                         return;
                     }
                     Floats d[columns], d_bias[columns];
                     for (long g = 0; g < columns; g++) d_bias[g] = load<Floats>(w.d_bias + g * units + unit);
                     for (; row < end; row++, s += stride) {
                         const long at = t * w.batch + row;
-                        Cell::backward(w, at, units, row, unit, load<Floats>(s), d);
+                        Cell::backward(w, at, units, row, unit, d_h_after(w, t, units, row, unit, s), d);
                         for (long g = 0; g < columns; g++)
                             keep<columns, gates, TABLE>(w, at, units, unit, g, d[g], d_bias[g]);
                     }
@@ -389,7 +434,7 @@ void forward_reset_before(const Window& w) {
             const long begin = t * w.batch;
             Bits* const reset = w.reset + (w.saved ? begin * units : 0);
             worker.sweep(
-                2, w.outputs + begin * units, units, worker.weights, units / 2,
+                2, w.before + begin * units, units, worker.weights, units / 2,
                 [&](long unit, long row, long end, float* s, long stride) {
                     for (; row < end; row++, s += stride)
                         for (long g = 0; g < 2; g++) {
@@ -400,7 +445,8 @@ void forward_reset_before(const Window& w) {
                 [&](long unit, long row, long end, const float* s, long stride) {
                     for (; row < end; row++, s += stride) {
                         const Floats r = sigmoid(load<Floats>(s)), z = sigmoid(load<Floats>(s + LANES));
-                        to_bf16(reset + row * units + unit, r * load<Floats>(w.h + row * units + unit));
+                        const Floats before = load<Floats>(h_before(w, begin + row, units, row, unit));
+                        to_bf16(reset + row * units + unit, r * before);
                         store(w.c + row * units + unit, z);  // until n is there
                         if (w.saved) to_half(w.saved + (begin + row) * width + unit, r);
                     }
@@ -416,10 +462,10 @@ void forward_reset_before(const Window& w) {
                 [&](long unit, long row, long end, const float* s, long stride) {
                     for (; row < end; row++, s += stride) {
                         const Floats n = tangent(load<Floats>(s)), z = load<Floats>(w.c + row * units + unit);
-                        const Floats before = load<Floats>(w.h + row * units + unit);
+                        const Floats before = load<Floats>(h_before(w, begin + row, units, row, unit));
                         const Floats h = before + z * (n - before);
                         store(w.h + row * units + unit, h);
-                        to_bf16(w.outputs + (begin + w.batch + row) * units + unit, h);
+                        put(w, begin + row, units, unit, h);
                         if (w.saved) {
                             Bits* saved = w.saved + (begin + row) * width + unit;
                             to_half(saved + units, z);
@@ -450,7 +496,8 @@ void backward_reset_before(const Window& w) {
                 },
                 [&](long unit, long row, long end, const float* s, long stride) {
                     if (t < 0) {
-                        for (; row < end; row++, s += stride) store(w.d_h + row * units + unit, load<Floats>(s));
+                        for (; row < end; row++, s += stride)
+                            store(w.d_h + row * units + unit, d_h_after(w, t, units, row, unit, s));
                         return;
                     }
                     Floats d_bias_z = load<Floats>(w.d_bias + units + unit);
@@ -459,7 +506,8 @@ void backward_reset_before(const Window& w) {
                         const long at = begin + row;
                         const Bits* saved = w.saved + at * width + unit;
                         const Floats z = from_half(saved + units), n = from_half(saved + 2 * units);
-                        const Floats before = from_bf16(w.outputs + at * units + unit), dh = load<Floats>(s);
+                        const Floats before = from_bf16(w.before + at * units + unit);
+                        const Floats dh = d_h_after(w, t, units, row, unit, s);
                         keep<3, 3, TABLE>(w, at, units, unit, 1, dh * (n - before) * z * (1.0f - z), d_bias_z);
                         keep<3, 3, TABLE>(w, at, units, unit, 2, dh * z * (1.0f - n * n), d_bias_n);
                         store(w.d_h + row * units + unit, dh * (1.0f - z));
@@ -479,10 +527,9 @@ void backward_reset_before(const Window& w) {
                     for (; row < end; row++, s += stride) {
                         const long at = begin + row;
                         const Floats r = from_half(w.saved + at * width + unit), d_reset = load<Floats>(s);
-                        const Floats before = from_bf16(w.outputs + at * units + unit);
+                        const Floats before = from_bf16(w.before + at * units + unit);
                         keep<3, 3, TABLE>(w, at, units, unit, 0, d_reset * before * r * (1.0f - r), d_bias);
-                        float* carried = w.d_h + row * units + unit;
-                        store(carried, load<Floats>(carried) + d_reset * r);
+                        add(w.d_h + row * units + unit, d_reset * r);
                     }
                     store(w.d_bias + unit, d_bias);
                 });

@@ -40,6 +40,19 @@ class Rows(NamedTuple):
         """The chosen rows (B, T, I)."""
         return F.embedding(self.index_BT, self.rows_VI)
 
+    def steps(self, begin: int, end: int) -> Rows:
+        """Some steps of the window."""
+        return Rows(self.rows_VI, self.index_BT[:, begin:end])
+
+
+class Resets(NamedTuple):
+    """Where in a window a layer's state starts anew, as at a document's border."""
+
+    where_BT: Tensor
+    """True before whose step the start is put."""
+    start: tuple[Tensor, ...]
+    """The state of one row (1, H)."""
+
 
 class Layout(NamedTuple):
     """How the kernel orders a kind of cell."""
@@ -71,8 +84,9 @@ class _Window(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("weight_hh", "bias", "tokens", "table", "input", "h", "c", "outputs", "saved", "reset"),
-                *("gates", "d_outputs", "d_h", "d_c", "d_table", "d_bias"),
+                *("weight_hh", "bias", "tokens", "table", "input", "h", "c"),
+                *("outputs", "before", "resets", "start_h", "start_c", "saved", "reset"),
+                *("gates", "d_outputs", "d_h", "d_c", "d_start_h", "d_start_c", "d_table", "d_bias"),
             )
         ),
         ("wants_d_h", ctypes.c_int64),
@@ -102,7 +116,7 @@ def is_fused(kind: str, like: Tensor) -> bool:
 
 
 def fused_window(
-    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor]
+    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor], resets: Resets | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run one layer over a window.
 
@@ -111,6 +125,7 @@ def fused_window(
         x: Input (B, T, I), or rows to choose from.
         state: Each (B, H).
         weights: weight_ih, weight_hh, bias_ih and bias_hh, with torch's layouts.
+        resets: Where the state starts anew within the window.
 
     Returns:
         The h of every step (B, T, H) in bfloat16, a view of time-major memory, and the state
@@ -121,6 +136,7 @@ def fused_window(
     """
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     hidden_size = weight_hh.shape[1]
+    start = () if resets is None else resets.start
     # The smaller of the two is turned: the table of inputs, or the weights that it is made of.
     turns_table = kind == "gru" and isinstance(x, Rows) and x.rows_VI.shape[0] < weight_ih.shape[1]
     if kind == "gru":  # n, whose two biases stay apart, comes first
@@ -135,7 +151,7 @@ def fused_window(
         blocks = weight_ih.view(-1, hidden_size, weight_ih.shape[1]).to(torch.bfloat16)  # before there are more
         weight_ih = torch.cat((blocks, blocks.new_zeros(len(blocks), padding, blocks.shape[2])), 1).flatten(0, 1)
         bias = F.pad(bias.view(-1, hidden_size), (0, padding)).flatten()
-        state = tuple(F.pad(part, (0, padding)) for part in state)
+        state, start = (tuple(F.pad(part, (0, padding)) for part in parts) for parts in (state, start))
     tokens_TB: Tensor | None = None
     if isinstance(x, Rows):
         tokens_TB = x.index_BT.t().contiguous()
@@ -150,7 +166,9 @@ def fused_window(
         inputs = F.linear(x_TBI, weight_ih)
     if not torch.is_grad_enabled():  # else what backward needs would be kept
         weight_hh, state = weight_hh.detach(), tuple(part.detach() for part in state)
-    outputs_TBP, *after = _FusedWindow.apply(kind, inputs, tokens_TB, weight_hh, bias, *state)  # type: ignore[no-untyped-call]
+        start = tuple(part.detach() for part in start)
+    where_TB = None if resets is None else resets.where_BT.t().contiguous()
+    outputs_TBP, *after = _FusedWindow.apply(kind, inputs, tokens_TB, weight_hh, bias, where_TB, *state, *start)  # type: ignore[no-untyped-call]
     if padding:
         outputs_TBP = outputs_TBP[..., :hidden_size]
         after = [part[:, :hidden_size] for part in after]
@@ -162,15 +180,28 @@ class _FusedWindow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: str, inputs: Tensor, tokens_TB: Tensor | None, weight_hh: Tensor, bias_C: Tensor, *state: Tensor
+        ctx: Any,
+        kind: str,
+        inputs: Tensor,
+        tokens_TB: Tensor | None,
+        weight_hh: Tensor,
+        bias_C: Tensor,
+        where_TB: Tensor | None,
+        *states: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Inputs are (T, B, G), or with tokens a table (V, G); returns outputs (T, B, P), and the state."""
+        """Inputs are (T, B, G), or with tokens a table (V, G); returns outputs (T, B, P), and the state.
+
+        The states are the one before, and with ``where_TB`` the one (1, P) that is put there.
+        """
         layout = LAYOUTS[kind]
+        num_states = len(states) if where_TB is None else len(states) // 2
+        state, start = states[:num_states], [part.detach().float().contiguous() for part in states[num_states:]]
         batch_size, padded_size = state[0].shape
         length = inputs.shape[0] if tokens_TB is None else tokens_TB.shape[0]
         trained = any(ctx.needs_input_grad)
         h_BP, *c = (part.detach().to(torch.float32, copy=True).contiguous() for part in state)
         outputs_TBP = pooled((length + 1, batch_size, padded_size), torch.bfloat16)
+        before_TBP = outputs_TBP[:-1] if where_TB is None else pooled((length, batch_size, padded_size), torch.bfloat16)
         saved_TBC = reset_TBP = None
         if trained:
             saved_TBC = pooled((length, batch_size, layout.columns * padded_size), torch.float16)
@@ -189,14 +220,18 @@ class _FusedWindow(torch.autograd.Function):
             "h": h_BP,
             "c": c[0] if c else torch.empty_like(h_BP),
             "outputs": outputs_TBP,
+            "before": before_TBP,
+            "resets": where_TB,
+            **dict(zip(("start_h", "start_c"), start, strict=False)),
             "saved": saved_TBC,
             "reset": reset_TBP,
         }
         _call(kind, layout.vectors, call, is_forward=True)
         if trained:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(weight_hh, tokens_TB, outputs_TBP, saved_TBC, reset_TBP, *c)
-            ctx.kind, ctx.num_rows, ctx.spent = kind, inputs.shape[0], False
+            kept = (weight_hh, tokens_TB, before_TBP, saved_TBC, reset_TBP, where_TB)
+            ctx.save_for_backward(*kept, *c, *start[1:])
+            ctx.kind, ctx.num_rows, ctx.num_starts, ctx.spent = kind, inputs.shape[0], len(start), False
         return (outputs_TBP[1:], h_BP, *(part[-1].clone() if trained else part for part in c))
 
     @staticmethod
@@ -205,9 +240,9 @@ class _FusedWindow(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("A fused window goes backward once: what it saved is overwritten.")
         ctx.spent = True
-        weight_hh, tokens_TB, outputs_TBP, saved_TBC, reset_TBP, *c = ctx.saved_tensors
+        weight_hh, tokens_TB, before_TBP, saved_TBC, reset_TBP, where_TB, *c = ctx.saved_tensors
         layout: Layout = LAYOUTS[ctx.kind]
-        hidden_size, (batch_size, padded_size) = weight_hh.shape[1], outputs_TBP.shape[1:]
+        hidden_size, (batch_size, padded_size) = weight_hh.shape[1], before_TBP.shape[1:]
         gates_TBC = saved_TBC.view(torch.bfloat16)
         d_after = [
             torch.zeros(batch_size, padded_size) if part is None else part.to(torch.float32, copy=True).contiguous()
@@ -215,25 +250,29 @@ class _FusedWindow(torch.autograd.Function):
         ]
         d_table_VG = None if tokens_TB is None else torch.zeros(ctx.num_rows, layout.gates * padded_size)
         d_bias_C = torch.zeros(layout.columns * padded_size)
+        d_start = [torch.zeros(1, padded_size) for _ in range(ctx.num_starts)]
         call = {
             "weight_hh": weight_hh,
             "tokens": tokens_TB,
             "c": c[0] if c else None,
-            "outputs": outputs_TBP,
+            "before": before_TBP,
+            "resets": where_TB,
+            "start_c": c[1] if c[1:] else None,
             "saved": saved_TBC,
             "gates": gates_TBC,
             "d_outputs": None if d_outputs_TBP is None else d_outputs_TBP.to(torch.bfloat16).contiguous(),
             "d_h": d_after[0],
             "d_c": d_after[1] if c else None,
+            **dict(zip(("d_start_h", "d_start_c"), d_start, strict=False)),
             "d_table": d_table_VG,
             "d_bias": d_bias_C,
         }
         wants = ctx.needs_input_grad
-        _call(ctx.kind, WIDEST, call, is_forward=False, wants_d_h=any(wants[5:]))
+        _call(ctx.kind, WIDEST, call, is_forward=False, wants_d_h=any(wants[6:]))
         d_weight_hh = None
         if wants[3]:
             gates_NG = gates_TBC[..., layout.recurrent * padded_size :].flatten(0, 1)
-            before_NP = outputs_TBP[:-1].flatten(0, 1)
+            before_NP = before_TBP.flatten(0, 1)
             if reset_TBP is None:
                 d_weight_hh = _outer(gates_NG, before_NP, hidden_size)
             else:
@@ -243,7 +282,7 @@ class _FusedWindow(torch.autograd.Function):
                     (_outer(rz_NG, before_NP, hidden_size), _outer(n_NP, reset_NP, hidden_size))
                 )
         d_inputs = gates_TBC[..., : layout.gates * padded_size] if d_table_VG is None else d_table_VG
-        return (None, d_inputs, None, d_weight_hh, d_bias_C, *d_after)
+        return (None, d_inputs, None, d_weight_hh, d_bias_C, None, *d_after, *d_start)
 
 
 def _outer(gates_NG: Tensor, before_NP: Tensor, hidden_size: int) -> Tensor:
@@ -276,18 +315,18 @@ def _outer(gates_NG: Tensor, before_NP: Tensor, hidden_size: int) -> Tensor:
 def _call(
     kind: str, vectors: int, tensors: dict[str, Tensor | None], *, is_forward: bool, wants_d_h: bool = False
 ) -> None:
-    outputs, weight_hh = tensors["outputs"], tensors["weight_hh"]
-    assert outputs is not None
+    before, weight_hh = tensors["before"], tensors["weight_hh"]
+    assert before is not None
     assert weight_hh is not None
     threads = torch.get_num_threads()
-    groups = outputs.shape[2] // LANES
+    groups = before.shape[2] // LANES
     window = _Window(
         threads=threads,
-        batch=outputs.shape[1],
-        steps=outputs.shape[0] - 1,
+        batch=before.shape[1],
+        steps=before.shape[0],
         hidden=weight_hh.shape[1],
         panel=min(vectors, -(-groups // threads)),  # narrower than registers allow, before a thread has none
-        tiles=_has_tiles() and outputs.shape[1] >= FEWEST_ROWS,
+        tiles=_has_tiles() and before.shape[1] >= FEWEST_ROWS,
         wants_d_h=wants_d_h,
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )

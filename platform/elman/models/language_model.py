@@ -32,7 +32,7 @@ from elman.models.softmax import (
     linear_loss,
     linear_scores,
 )
-from elman.models.state import State, expand, replace_rows
+from elman.models.state import State, expand, pieces, replace_rows
 from elman.models.transformer import TransformerStack
 
 
@@ -166,21 +166,38 @@ class LanguageModel(nn.Module):
         """Return the rows that are True to the initial state, as at a document's border."""
         return replace_rows(state, self.initial_state(rows_B.shape[0]), rows_B)
 
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Features:
+    def features(
+        self, tokens_BT: Tensor, state: State | None = None, resets_BT: Tensor | None = None
+    ) -> Features:
         """Run a window through embedding and layers.
 
         Args:
             tokens_BT: Token ids in [0, num_inputs), int64.
             state: Carry from the preceding window; None starts a text.
+            resets_BT: True before whose step the state starts anew, as at a document's border.
         """
         if state is None:
             state = self.initial_state(tokens_BT.shape[0])
         assert state[0][0].shape[0] == tokens_BT.shape[0], "the carry is of another batch size"
-        if self.last_step:
-            raw_BTH, state = self._last_steps(tokens_BT, state)
+        if isinstance(self.body, RecurrentStack) and not self.last_step:
+            raw_BTH, state = self.body(self._embed(tokens_BT), state, resets_BT)
+        elif resets_BT is None:
+            raw_BTH, state = self._attend(tokens_BT, state)
         else:
-            raw_BTH, state = self.body(self._embed(tokens_BT), state)
+            outputs = []
+            for begin, end, rows_B in pieces(resets_BT):
+                if rows_B is not None:
+                    state = self.reset(state, rows_B)
+                raw_BTH, state = self._attend(tokens_BT[:, begin:end], state)
+                outputs.append(raw_BTH)
+            raw_BTH = torch.cat(outputs, 1)
         return Features(raw_BTH, self.output_dropout(raw_BTH), state)
+
+    def _attend(self, tokens_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        if self.last_step:
+            return self._last_steps(tokens_BT, state)
+        raw_BTH, state = self.body(self._embed(tokens_BT), state)
+        return raw_BTH, state
 
     def project(self, features_H: Tensor) -> Tensor:
         """Logits (…, V) of features (…, H); with the adaptive softmax they are log-probabilities."""

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from elman.config.schema import ModelConfig
 from elman.models.dropout import Dropout, drop_weight
-from elman.models.fused import Rows, fused_window, is_fused
+from elman.models.fused import Resets, Rows, fused_window, is_fused
 from elman.models.initialization import initialize_recurrent
 from elman.models.kernels import STEPS, WEIGHT_HOLDERS, WINDOWS, LayerState, Weights
 from elman.models.scan import is_scanned, scanned_window
-from elman.models.state import State, expand
+from elman.models.state import State, expand, pieces, replace_rows
 
 
 class RecurrentLayer(nn.Module):
@@ -52,27 +52,44 @@ class RecurrentLayer(nn.Module):
         bias = cast(Tensor, self.weights.bias_ih_l0)
         return tuple(bias.new_zeros(1, self.hidden_size) for _ in range(self.num_states))
 
-    def forward(self, x: Tensor | Rows, state: LayerState) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor | Rows, state: LayerState, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
         """Run over a window (B, T, I); returns the h of every step (B, T, H), and the state after the last.
 
+        The state is put back to the initial one before the steps where ``resets_BT`` is True.
         Single steps without gradients, as in generation, have kernels of their own.
         """
         holder = self.weights
         weights = cast(Weights, [holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0])
         if self.training and self.weight_dropout:
             weights[1] = drop_weight(weights[1], self.weight_dropout)
-        is_step = (x.index_BT if isinstance(x, Rows) else x).shape[1] == 1 and not torch.is_grad_enabled()
-        if not is_step and is_fused(self.kind, weights[1]):
-            return fused_window(self.kind, x, state, weights)
+        if not _is_step(x) and is_fused(self.kind, weights[1]):
+            resets = None if resets_BT is None else Resets(resets_BT, self.initial_state())
+            return fused_window(self.kind, x, state, weights, resets)
         if _autocast_without_hardware(weights[0]):
             # Where the processor does not multiply in bfloat16, oneDNN's LSTM refuses it and the others crawl.
             with torch.autocast("cpu", enabled=False):
-                return self._run(x if isinstance(x, Rows) else x.float(), state, weights, is_step)
-        return self._run(x, state, weights, is_step)
+                return self._run_pieces(x if isinstance(x, Rows) else x.float(), state, weights, resets_BT)
+        return self._run_pieces(x, state, weights, resets_BT)
 
-    def _run(
-        self, x: Tensor | Rows, state: LayerState, weights: Weights, is_step: bool
+    def _run_pieces(
+        self, x: Tensor | Rows, state: LayerState, weights: Weights, resets_BT: Tensor | None
     ) -> tuple[Tensor, LayerState]:
+        """These kernels carry every row alike: a window is cut where one is reset."""
+        if resets_BT is None:
+            return self._run(x, state, weights)
+        outputs = []
+        for begin, end, rows_B in pieces(resets_BT):
+            if rows_B is not None:
+                (state,) = replace_rows((state,), (self.initial_state(),), rows_B)
+            piece = x.steps(begin, end) if isinstance(x, Rows) else x[:, begin:end]
+            out_BTH, state = self._run(piece, state, weights)
+            outputs.append(out_BTH)
+        return torch.cat(outputs, 1), state
+
+    def _run(self, x: Tensor | Rows, state: LayerState, weights: Weights) -> tuple[Tensor, LayerState]:
+        is_step = _is_step(x)
         if not is_step and is_scanned(self.kind, weights[0]):
             return scanned_window(self.kind, x, state, weights)
         x_BTI = x.dense() if isinstance(x, Rows) else x
@@ -115,17 +132,23 @@ class RecurrentStack(nn.Module):
         """The state of ``batch_size`` rows at the start of a text."""
         return expand(tuple(cast(RecurrentLayer, layer).initial_state() for layer in self.layers), batch_size)
 
-    def forward(self, x: Tensor | Rows, state: State) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor | Rows, state: State, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Run a window (B, T, I) through all layers; returns the last one's output (B, T, H), and the carry."""
         after = []
         layers = zip(self.layers, self.norms, self.dropouts, self.skips, state, strict=True)
         for layer, norm, dropout, skip, before in layers:
-            out_BTH, layer_state = layer(x if isinstance(x, Rows) else dropout(x), before)
+            out_BTH, layer_state = layer(x if isinstance(x, Rows) else dropout(x), before, resets_BT)
             after.append(layer_state)
             out_BTH = norm(out_BTH)
             x = (x.dense() if isinstance(x, Rows) else x) + out_BTH if skip else out_BTH
         assert isinstance(x, Tensor)
         return x, tuple(after)
+
+
+def _is_step(x: Tensor | Rows) -> bool:
+    return (x.index_BT if isinstance(x, Rows) else x).shape[1] == 1 and not torch.is_grad_enabled()
 
 
 def _autocast_without_hardware(like: Tensor) -> bool:

@@ -5,7 +5,8 @@ Shape suffixes: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,3 +48,14 @@ def replace_rows(state: State, other: State, rows_B: Tensor) -> State:
         )
         for part, other_part in zip(state, other, strict=True)
     )
+
+
+def pieces(resets_BT: Tensor) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Cut a window wherever a row's state is reset.
+
+    Yields:
+        First step and end of each piece, and the rows (B) that are reset before it; None where none is.
+    """
+    columns = resets_BT.any(0).nonzero().flatten().tolist()
+    for begin, end in pairwise(sorted({0, *columns, resets_BT.shape[1]})):
+        yield begin, end, resets_BT[:, begin] if begin in columns else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, Protocol
 
 import lightning as L
@@ -54,28 +53,13 @@ class Windowed(Protocol):
 def unroll(model: LanguageModel, window: Windowed, state: State | None) -> tuple[Tensor, Tensor, State]:
     """Run the model over one window, resetting the state where the window says so.
 
-    The fast kernels carry every row alike, so a window with document borders in it is cut
-    there and run piece by piece.
-
     Returns:
         The last layer's output before and after dropout, each (B, T, H), and the carry, attached.
     """
     if state is None or window.is_first:
         state = model.initial_state(window.inputs_BT.shape[0])
-    if window.resets_BT is None:
-        features = model.features(window.inputs_BT, state)
-        return features.raw_BTH, features.dropped_BTH, features.state
-    columns = window.resets_BT.any(0).nonzero().flatten().tolist()
-    edges = sorted({0, *columns, window.inputs_BT.shape[1]})
-    raw, dropped = [], []
-    for begin, end in pairwise(edges):
-        if begin in columns:
-            state = model.reset(state, window.resets_BT[:, begin])
-        features = model.features(window.inputs_BT[:, begin:end], state)
-        state = features.state
-        raw.append(features.raw_BTH)
-        dropped.append(features.dropped_BTH)
-    return torch.cat(raw, 1), torch.cat(dropped, 1), state
+    features = model.features(window.inputs_BT, state, window.resets_BT)
+    return features.raw_BTH, features.dropped_BTH, features.state
 
 
 def summed_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
