@@ -10,8 +10,9 @@ from torch import Tensor
 
 from elman.models import scan
 from elman.models.cells import CELLS, unroll
-from elman.models.fused import Rows
+from elman.models.fused import Resets, Rows
 from elman.models.scan import GATES, is_scanned, linear_recurrence, minimal_gates, scanned_window
+from elman.models.state import pieces
 from kernel_support import BUILDS, library_of, random_layer, weights_of
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 100, 4096]
@@ -110,7 +111,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class Case:
     """Random weights, state and inputs of one layer."""
 
-    def __init__(self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: bool) -> None:
+    def __init__(
+        self, kind: str, batch_size: int, length: int, hidden_size: int, *, rows: bool, resets: float = 0
+    ) -> None:
         self.kind = kind
         self.layer = random_layer(kind, I, hidden_size).float()
         with torch.no_grad():  # the slope of g jumps at 0, where rounding decides: candidates stay on either side
@@ -120,28 +123,38 @@ class Case:
         self.given = torch.randn(V, I).requires_grad_() if rows else torch.randn(batch_size, length, I).requires_grad_()
         self.index = torch.randint(V, (batch_size, length)) if rows else None
         self.h_BH = torch.randn(batch_size, hidden_size).requires_grad_()
+        self.where_BT = torch.rand(batch_size, length) < resets
+        self.start_1H = torch.randn(1, hidden_size).requires_grad_()
         self.d_outputs, self.d_last = torch.randn(batch_size, length, hidden_size), torch.randn(batch_size, hidden_size)
 
     def results(self, *, bf16: bool = False) -> list[Tensor]:
         """Outputs, last state, and every gradient, by the kernel."""
-        leaves = (self.given, self.h_BH, *self.layer.parameters())
+        leaves = (self.given, self.h_BH, self.start_1H, *self.layer.parameters())
+        resets = Resets(self.where_BT, (self.start_1H,)) if self.where_BT.any() else None
         x = self.given if self.index is None else Rows(self.given, self.index)
         weights = [weight.float() for weight in weights_of(self.layer)]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out_BTH, (last_BH,) = scanned_window(self.kind, x, (self.h_BH,), weights)
+            out_BTH, (last_BH,) = scanned_window(self.kind, x, (self.h_BH,), weights, resets)
         return self._results(out_BTH, last_BH, leaves)
 
     def expected(self) -> list[Tensor]:
         """The same in torch and double precision."""
         layer = random_layer(self.kind, I, self.layer.hidden_size)
         layer.load_state_dict(self.layer.state_dict())
-        given, h_BH = (leaf.detach().double().requires_grad_() for leaf in (self.given, self.h_BH))
-        out_BTH, (last_BH,) = layer(given if self.index is None else given[self.index], (h_BH,))
-        return self._results(out_BTH, last_BH, (given, h_BH, *layer.parameters()))
+        leaves = [leaf.detach().double().requires_grad_() for leaf in (self.given, self.h_BH, self.start_1H)]
+        given, last_BH, start_1H = leaves
+        x_BTI, outputs = given if self.index is None else given[self.index], []
+        for begin, end, rows_B in pieces(self.where_BT):
+            if rows_B is not None:
+                last_BH = torch.where(rows_B.unsqueeze(1), start_1H, last_BH)
+            out_BTH, (last_BH,) = layer(x_BTI[:, begin:end], (last_BH,))
+            outputs.append(out_BTH)
+        return self._results(torch.cat(outputs, dim=1), last_BH, (*leaves, *layer.parameters()))
 
     def _results(self, out_BTH: Tensor, last_BH: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
         loss = (out_BTH.to(last_BH.dtype) * self.d_outputs).sum() + (last_BH * self.d_last).sum()
-        return [out_BTH.detach(), last_BH.detach(), *torch.autograd.grad(loss, leaves)]
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=not self.where_BT.any())
+        return [part.detach() for part in (out_BTH, last_BH, *gradients) if part is not None]
 
 
 def norm_distance(found: Tensor, expected: Tensor) -> float:
@@ -159,6 +172,18 @@ def test_kernel_equals_the_scan_in_torch(kind: str, rows: bool, shape: tuple[int
         assert norm_distance(found, wanted) < 5e-6
     for found, wanted in zip(case.results(bf16=True), expected, strict=True):
         assert norm_distance(found, wanted) < 0.02
+
+
+@pytest.mark.usefixtures("library")
+@every_kind
+@pytest.mark.parametrize("rows", [False, True], ids=["dense", "rows"])
+@pytest.mark.parametrize("often", [0.3, 1.0])
+def test_resets_put_the_start_in_the_state_s_place(kind: str, rows: bool, often: float) -> None:
+    case = Case(kind, 3, 9, 20, rows=rows, resets=often)
+    assert case.where_BT.any()
+    for bf16, limit in ((False, 5e-6), (True, 0.02)):
+        for found, expected in zip(case.results(bf16=bf16), case.expected(), strict=True):
+            assert (found - expected).norm() <= limit * expected.norm()
 
 
 @pytest.mark.usefixtures("library")

@@ -64,34 +64,30 @@ class RecurrentLayer(nn.Module):
         weights = cast(Weights, [holder.weight_ih_l0, holder.weight_hh_l0, holder.bias_ih_l0, holder.bias_hh_l0])
         if self.training and self.weight_dropout:
             weights[1] = drop_weight(weights[1], self.weight_dropout)
+        resets = None if resets_BT is None else Resets(resets_BT, self.initial_state())
         if not _is_step(x) and is_fused(self.kind, weights[1]):
-            resets = None if resets_BT is None else Resets(resets_BT, self.initial_state())
             return fused_window(self.kind, x, state, weights, resets)
         if _autocast_without_hardware(weights[0]):
             # Where the processor does not multiply in bfloat16, oneDNN's LSTM refuses it and the others crawl.
             with torch.autocast("cpu", enabled=False):
-                return self._run_pieces(x if isinstance(x, Rows) else x.float(), state, weights, resets_BT)
-        return self._run_pieces(x, state, weights, resets_BT)
+                return self._run(x if isinstance(x, Rows) else x.float(), state, weights, resets)
+        return self._run(x, state, weights, resets)
 
-    def _run_pieces(
-        self, x: Tensor | Rows, state: LayerState, weights: Weights, resets_BT: Tensor | None
+    def _run(
+        self, x: Tensor | Rows, state: LayerState, weights: Weights, resets: Resets | None
     ) -> tuple[Tensor, LayerState]:
-        """These kernels carry every row alike: a window is cut where one is reset."""
-        if resets_BT is None:
-            return self._run(x, state, weights)
-        outputs = []
-        for begin, end, rows_B in pieces(resets_BT):
-            if rows_B is not None:
-                (state,) = replace_rows((state,), (self.initial_state(),), rows_B)
-            piece = x.steps(begin, end) if isinstance(x, Rows) else x[:, begin:end]
-            out_BTH, state = self._run(piece, state, weights)
-            outputs.append(out_BTH)
-        return torch.cat(outputs, 1), state
-
-    def _run(self, x: Tensor | Rows, state: LayerState, weights: Weights) -> tuple[Tensor, LayerState]:
         is_step = _is_step(x)
         if not is_step and is_scanned(self.kind, weights[0]):
-            return scanned_window(self.kind, x, state, weights)
+            return scanned_window(self.kind, x, state, weights, resets)
+        if resets is not None:  # the other kernels carry every row alike: the window is cut where one starts anew
+            outputs = []
+            for begin, end, rows_B in pieces(resets.where_BT):
+                if rows_B is not None:
+                    (state,) = replace_rows((state,), (resets.start,), rows_B)
+                piece = x.steps(begin, end) if isinstance(x, Rows) else x[:, begin:end]
+                out_BTH, state = self._run(piece, state, weights, None)
+                outputs.append(out_BTH)
+            return torch.cat(outputs, 1), state
         x_BTI = x.dense() if isinstance(x, Rows) else x
         state = tuple(part.to(x_BTI.dtype) for part in state)  # autocast leaves them in mixed types
         if is_step:

@@ -116,6 +116,8 @@ struct MinLstm {
 struct Window {
     int64_t threads, batch, steps, hidden, is_bf16;
     const int64_t* tokens;  // (B, T), or null
+    const uint8_t* resets;  // (B, T), or null: where start is put in the state's place before the step
+    const float* start;     // (H)
     const void* gates;      // without their biases
     const float* bias;      // (gates × H)
     float* h;               // (B, H): the state, which the last one replaces; backward its gradient
@@ -124,6 +126,7 @@ struct Window {
     const void* d_outputs;  // (B, T, H)
     void* d_gates;          // as gates; of a table in float, and added to
     float* d_bias;          // added to
+    float* d_start;         // added to
 };
 
 // Calls work(first, end) for the units of every thread.
@@ -157,6 +160,7 @@ void forward(const Window& w) {
             for (long at = row * w.steps; at < (row + 1) * w.steps; at++) {
                 const Value* x = (const Value*)w.gates + (w.tokens ? w.tokens[at] : at) * Cell::GATES * w.hidden;
                 Value* out = (Value*)w.outputs + at * w.hidden;
+                if (w.resets && w.resets[at]) std::memcpy(h + first, w.start + first, sizeof(float) * (end - first));
                 sweep(first, end, [&](long unit, long count) {
                     Floats gates[Cell::GATES];
                     load_gates<Cell>(w, x, unit, count, gates);
@@ -176,14 +180,17 @@ void backward(const Window& w) {
             float* d_h = w.h + row * w.hidden;
             for (long at = (row + 1) * w.steps - 1; at >= row * w.steps; at--) {
                 const long source = (TABLE ? w.tokens[at] : at) * Cell::GATES * w.hidden;
-                const bool is_first = at == row * w.steps;
+                const bool is_first = at == row * w.steps, is_reset = w.resets && w.resets[at];
                 sweep(first, end, [&](long unit, long count) {
                     Floats gates[Cell::GATES], d_gates[Cell::GATES];
                     load_gates<Cell>(w, (const Value*)w.gates + source, unit, count, gates);
-                    const Floats before = is_first ? load(w.before + row * w.hidden + unit, count)
+                    const Floats before = is_reset ? load(w.start + unit, count)
+                                        : is_first ? load(w.before + row * w.hidden + unit, count)
                                                    : load((const Value*)w.outputs + (at - 1) * w.hidden + unit, count);
                     const Floats d_out = load((const Value*)w.d_outputs + at * w.hidden + unit, count);
-                    store(d_h + unit, Cell::back(gates, before, load(d_h + unit, count) + d_out, d_gates), count);
+                    const Floats d_before = Cell::back(gates, before, load(d_h + unit, count) + d_out, d_gates);
+                    store(d_h + unit, is_reset ? Floats{} : d_before, count);
+                    if (is_reset) store(w.d_start + unit, load(w.d_start + unit, count) + d_before, count);
                     for (long k = 0; k < Cell::GATES; k++) {
                         const long column = k * w.hidden + unit;
                         store(w.d_bias + column, load(w.d_bias + column, count) + d_gates[k], count);

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elman.models.compiled import load_library
-from elman.models.fused import Rows
+from elman.models.fused import Resets, Rows
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 GATES = {"mingru": 2, "minlstm": 3}
@@ -115,7 +115,10 @@ class _Window(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("threads", "batch", "steps", "hidden", "is_bf16")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("tokens", "gates", "bias", "h", "before", "outputs", "d_outputs", "d_gates", "d_bias")
+            for name in (
+                *("tokens", "resets", "start", "gates", "bias", "h", "before", "outputs"),
+                *("d_outputs", "d_gates", "d_bias", "d_start"),
+            )
         ),
     )
 
@@ -126,7 +129,7 @@ def is_scanned(kind: str, like: Tensor) -> bool:
 
 
 def scanned_window(
-    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor]
+    kind: str, x: Tensor | Rows, state: tuple[Tensor, ...], weights: list[Tensor], resets: Resets | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run one layer over a window.
 
@@ -135,6 +138,7 @@ def scanned_window(
         x: Input (B, T, I), or rows to choose from, which are then multiplied once each.
         state: The h before (B, H).
         weights: As in kernels.py.
+        resets: Where the state starts anew within the window.
 
     Returns:
         The h of every step (B, T, H), in bfloat16 where autocast says so, and the last one in float32.
@@ -152,7 +156,8 @@ def scanned_window(
     gates = F.linear(x.rows_VI if isinstance(x, Rows) else x, weight_ih)
     if gates.dtype != torch.bfloat16:
         gates = gates.float()
-    out_BTH, last_BH = _ScannedWindow.apply(kind, gates, tokens_BT, bias_ih, state[0])  # type: ignore[no-untyped-call]
+    where_BT, (start_1H,) = (None, (None,)) if resets is None else (resets.where_BT.contiguous(), resets.start)
+    out_BTH, last_BH = _ScannedWindow.apply(kind, gates, tokens_BT, bias_ih, state[0], where_BT, start_1H)  # type: ignore[no-untyped-call]
     return out_BTH, (last_BH,)
 
 
@@ -161,16 +166,25 @@ class _ScannedWindow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: str, gates: Tensor, tokens_BT: Tensor | None, bias_G: Tensor, h_BH: Tensor
+        ctx: Any,
+        kind: str,
+        gates: Tensor,
+        tokens_BT: Tensor | None,
+        bias_G: Tensor,
+        h_BH: Tensor,
+        where_BT: Tensor | None = None,
+        start_1H: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gates are (B, T, G), for nobody else's use, or with tokens a table (V, G)."""
         gates, bias_G = gates.detach().contiguous(), bias_G.detach().float().contiguous()
         before_BH = h_BH.detach().float().contiguous()
+        start_1H = None if start_1H is None else start_1H.detach().float().contiguous()
         last_BH = before_BH.clone()
         length = gates.shape[1] if tokens_BT is None else tokens_BT.shape[1]
         out_BTH = gates.new_empty(last_BH.shape[0], length, last_BH.shape[1])
-        _call(kind, {"tokens": tokens_BT, "gates": gates, "bias": bias_G, "h": last_BH, "outputs": out_BTH})
-        ctx.save_for_backward(gates, tokens_BT, bias_G, before_BH, out_BTH)
+        call = {"tokens": tokens_BT, "resets": where_BT, "start": start_1H, "gates": gates, "bias": bias_G}
+        _call(kind, {**call, "h": last_BH, "outputs": out_BTH})
+        ctx.save_for_backward(gates, tokens_BT, bias_G, before_BH, out_BTH, where_BT, start_1H)
         ctx.kind, ctx.spent = kind, False
         return out_BTH, last_BH
 
@@ -181,12 +195,15 @@ class _ScannedWindow(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("A scanned window goes backward once: what it saved is overwritten.")
         ctx.spent = True
-        gates, tokens_BT, bias_G, before_BH, out_BTH = ctx.saved_tensors
+        gates, tokens_BT, bias_G, before_BH, out_BTH, where_BT, start_1H = ctx.saved_tensors
         d_gates = gates if tokens_BT is None else torch.zeros_like(gates, dtype=torch.float32)
         d_bias_G = torch.zeros_like(bias_G)
         d_h_BH = d_last_BH.to(torch.float32, copy=True).contiguous()
+        d_start_1H = None if start_1H is None else torch.zeros_like(start_1H)
         call = {
             "tokens": tokens_BT,
+            "resets": where_BT,
+            "start": start_1H,
             "gates": gates,
             "bias": bias_G,
             "h": d_h_BH,
@@ -195,9 +212,10 @@ class _ScannedWindow(torch.autograd.Function):
             "d_outputs": d_out_BTH.to(gates.dtype).contiguous(),
             "d_gates": d_gates,
             "d_bias": d_bias_G,
+            "d_start": d_start_1H,
         }
         _call(ctx.kind, call, is_forward=False)
-        return None, d_gates.to(gates.dtype), None, d_bias_G, d_h_BH
+        return None, d_gates.to(gates.dtype), None, d_bias_G, d_h_BH, None, d_start_1H
 
 
 def _call(kind: str, tensors: dict[str, Tensor | None], *, is_forward: bool = True) -> None:
