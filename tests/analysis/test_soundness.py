@@ -164,16 +164,16 @@ def test_rows_that_see_one_another_are_found() -> None:
 class Forgetful(RecurrentStack):
     """Hands on zeros."""
 
-    def forward(self, x: Any, state: State) -> tuple[Tensor, State]:
-        out_BTH, after = super().forward(x, state)
+    def forward(self, x: Any, state: State, resets_BT: Tensor | None = None) -> tuple[Tensor, State]:
+        out_BTH, after = super().forward(x, state, resets_BT)
         return out_BTH, map_state(torch.zeros_like, after)
 
 
 class Deaf(RecurrentStack):
     """Starts every window anew, and hands on its state all the same."""
 
-    def forward(self, x: Any, state: State) -> tuple[Tensor, State]:
-        return super().forward(x, map_state(torch.zeros_like, state))
+    def forward(self, x: Any, state: State, resets_BT: Tensor | None = None) -> tuple[Tensor, State]:
+        return super().forward(x, map_state(torch.zeros_like, state), resets_BT)
 
 
 @pytest.mark.parametrize("stack", [Forgetful, Deaf])
@@ -269,8 +269,8 @@ class Redrawing(Dropout):
 class Blind(WordDropout):
     """Drops each occurrence on its own, whatever it is asked."""
 
-    def forward(self, embedded_BTE: Tensor, tokens_BT: Tensor, num_words: int) -> Tensor:
-        return embedded_BTE * nn.functional.dropout(torch.ones(*tokens_BT.shape, 1), self.p)
+    def forward(self, tokens_BT: Tensor, num_words: int, like: Tensor) -> Tensor:
+        return nn.functional.dropout(like.new_ones(tokens_BT.shape), self.p)
 
 
 @pytest.mark.parametrize("kind", [Restless, Unscaled])
@@ -293,7 +293,9 @@ def test_a_mask_redrawn_inside_the_window_is_found(place: str) -> None:
 
 def test_a_window_that_passes_dropout_in_pieces_is_found() -> None:
     class Piecewise(LanguageModel):
-        def features(self, tokens_BT: Tensor, state: State | None = None) -> Features:
+        def features(
+            self, tokens_BT: Tensor, state: State | None = None, resets_BT: Tensor | None = None
+        ) -> Features:
             pieces = []
             for tokens in tokens_BT.split(8, dim=1):
                 pieces.append(super().features(tokens, state))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from elman.config.schema import MINIMAL_CELLS, RECURRENT_CELLS, ModelConfig
 from elman.models.dropout import Dropout, WordDropout, drop_weight
+from elman.models.fused import Rows
 from elman.models.language_model import LanguageModel
 
 P = 0.3
@@ -16,7 +18,7 @@ DRAWS = 40_000
 TOLERANCE = 5 * (P * (1 - P) / DRAWS) ** 0.5  # five standard errors of the kept share
 
 
-def kept_share(dropped: torch.Tensor) -> float:
+def kept_share(dropped: Tensor) -> float:
     """Share that is kept, once it is sure that all of it is scaled by 1 / (1 − p)."""
     kept = dropped[dropped != 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - P)))
@@ -44,18 +46,43 @@ def test_variational_dropout_keeps_one_mask_for_the_window_and_differs_between_r
 def test_per_step_word_dropout_drops_single_occurrences_whole() -> None:
     torch.manual_seed(0)
     tokens_BT = torch.zeros(200, 200, dtype=torch.int64)
-    dropped = WordDropout(P)(torch.ones(200, 200, 3), tokens_BT, 5)
-    assert torch.equal(dropped, dropped[..., :1].expand_as(dropped))
-    assert abs(kept_share(dropped[..., 0]) - (1 - P)) < TOLERANCE
+    scale_BT = WordDropout(P)(tokens_BT, 5, torch.empty(0))
+    assert scale_BT.unique().tolist() == [0, pytest.approx(1 / (1 - P))]
+    assert abs(kept_share(scale_BT) - (1 - P)) < TOLERANCE
 
 
 def test_variational_word_dropout_drops_a_word_wherever_it_occurs() -> None:
     torch.manual_seed(0)
     tokens_BT = torch.randint(DRAWS, (50, 2000))
-    dropped = WordDropout(P, variational=True)(torch.ones(50, 2000, 1), tokens_BT, DRAWS)[..., 0]
+    dropped = WordDropout(P, variational=True)(tokens_BT, DRAWS, torch.empty(0))
     first = torch.zeros(DRAWS).scatter_(0, tokens_BT.flatten(), dropped.flatten())
     assert torch.equal(dropped, first[tokens_BT])
     assert abs(kept_share(first[tokens_BT.unique()]) - (1 - P)) < TOLERANCE * 2
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropped_words_are_rows_of_zeros_and_the_others_are_scaled(
+    tiny: Callable[..., LanguageModel], variational: bool
+) -> None:
+    model = tiny("lstm", embedding_dropout=P, variational=("embedding",) if variational else ()).train()
+    tokens_BT = torch.randint(model.vocabulary_size, (4, 60))
+
+    def embedded() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        found = model._embed(tokens_BT)
+        dense_BTE = found.dense() if isinstance(found, Rows) else found
+        (gradient_VE,) = torch.autograd.grad(dense_BTE.pow(2).sum(), model.embedding.weight)
+        return dense_BTE, gradient_VE
+
+    assert isinstance(model._embed(tokens_BT), Rows)
+    rows = embedded()
+    torch.manual_seed(1)
+    scale_BT = model.word_dropout(tokens_BT, model.num_inputs, model.embedding.weight)
+    torch.testing.assert_close(rows[0], model.embedding(tokens_BT) * scale_BT.unsqueeze(-1))
+    model.num_inputs *= 1000  # as if the embedding were too large to be multiplied whole
+    if not variational:
+        for found, expected in zip(rows, embedded(), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_weight_dropout_draws_single_weights() -> None:

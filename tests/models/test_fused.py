@@ -329,7 +329,7 @@ def test_weight_dropout_reaches_the_raw_weight(kind: str) -> None:
         ({"residual": True}, True),
         ({"initial_state": "learned", "num_layers": 2}, True),
         ({"input_dropout": 0.0001}, False),
-        ({"embedding_dropout": 0.0001}, False),
+        ({"embedding_dropout": 0.0001}, True),
     ],
     ids=str,
 )

@@ -113,7 +113,10 @@ def _modules(model: LanguageModel, place: Place) -> list[nn.Module]:
 
 
 def _mask(model: LanguageModel, module: nn.Module, tokens_BT: Tensor, steps: int) -> Tensor | None:
-    """What a place makes of ones in one window, (N, T, H); None where it is not passed, or not window by window."""
+    """What a place makes of ones in one window, (N, T, H), of words (N, T).
+
+    None where it is not passed, or not window by window.
+    """
     seen: list[Tensor] = []
 
     def ones(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -123,8 +126,9 @@ def _mask(model: LanguageModel, module: nn.Module, tokens_BT: Tensor, steps: int
         seen.append(out.detach())
 
     with ExitStack() as hooks, torch.no_grad():
-        for handle in (module.register_forward_pre_hook(ones), module.register_forward_hook(keep)):
-            hooks.callback(handle.remove)
+        hooks.callback(module.register_forward_hook(keep).remove)
+        if module is not model.word_dropout:  # which gives its mask itself
+            hooks.callback(module.register_forward_pre_hook(ones).remove)
         model(tokens_BT)
     if not seen:
         return None
@@ -143,9 +147,6 @@ def _fault(
     if not torch.allclose(kept, torch.full_like(kept, 1 / (1 - p)), rtol=1e-5):
         return f"does not scale what it keeps by 1 / (1 − {p:g})"
     if is_word:
-        if (dropped != dropped[..., :1]).any():
-            return "drops a part of a word"
-        dropped = dropped[..., 0]
         groups = list(_by_type(dropped, tokens_BT)) if not padded else []
         draws, mixed = (len(groups) if variational else dropped.numel()), any(g.any() != g.all() for g in groups)
         if padded:

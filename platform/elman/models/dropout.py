@@ -56,15 +56,11 @@ class WordDropout(nn.Module):
         self.p = p
         self.variational = variational
 
-    def forward(self, embedded_BTE: Tensor, tokens_BT: Tensor, num_words: int) -> Tensor:
-        """Drop in training; return the embedded tokens themselves in evaluation."""
-        if not self.training or self.p == 0:
-            return embedded_BTE
+    def forward(self, tokens_BT: Tensor, num_words: int, like: Tensor) -> Tensor:
+        """What every embedded token is multiplied by (B, T), in training: 0, or the scale of what is kept."""
         if self.variational:
-            scale_BT = _scaled_mask((num_words,), self.p, like=embedded_BTE)[tokens_BT]
-        else:
-            scale_BT = _scaled_mask(tokens_BT.shape, self.p, like=embedded_BTE)
-        return embedded_BTE * scale_BT.unsqueeze(-1)
+            return _scaled_mask((num_words,), self.p, like=like)[tokens_BT]
+        return _scaled_mask(tokens_BT.shape, self.p, like=like)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

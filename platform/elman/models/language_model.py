@@ -252,11 +252,20 @@ class LanguageModel(nn.Module):
         return self.project(features.dropped_BTH), features.state
 
     def _embed(self, tokens_BT: Tensor) -> Tensor | Rows:
-        varied = self.training and (self.input_dropout.p > 0 or self.word_dropout.p > 0)
+        words_VE = self.embedding.weight
+        scale_BT = None
+        if self.training and self.word_dropout.p > 0:
+            scale_BT = self.word_dropout(tokens_BT, self.num_inputs, words_VE)
+        varied = self.training and self.input_dropout.p > 0
         # Every position is a row of a small matrix: the first layer may multiply that one instead.
         if isinstance(self.body, RecurrentStack) and not varied and 2 * self.num_inputs <= tokens_BT.numel():
-            return Rows(self.embedding.weight, tokens_BT)
-        embedded_BTE: Tensor = self.word_dropout(self.embedding(tokens_BT), tokens_BT, self.num_inputs)
+            if scale_BT is None:
+                return Rows(words_VE, tokens_BT)
+            kept_VE, none_1E = words_VE / (1 - self.word_dropout.p), words_VE.new_zeros(1, words_VE.shape[1])
+            return Rows(torch.cat((kept_VE, none_1E)), tokens_BT.masked_fill(scale_BT == 0, self.num_inputs))
+        embedded_BTE: Tensor = self.embedding(tokens_BT)
+        if scale_BT is not None:
+            embedded_BTE = embedded_BTE * scale_BT.unsqueeze(-1)
         embedded_BTE = self.input_dropout(embedded_BTE)
         if self.input_projection is not None:
             embedded_BTE = self.input_projection(embedded_BTE)
