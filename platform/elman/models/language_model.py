@@ -16,6 +16,7 @@ from elman.config.schema import MINIMAL_CELLS, RECURRENT_CELLS, ModelConfig
 from elman.errors import ConfigError, ModelError
 from elman.models.count import count_parameters, refuse_what_no_memory_holds, solve_hidden_size
 from elman.models.dropout import Dropout, WordDropout
+from elman.models.embedding import Embedding
 from elman.models.fused import Rows
 from elman.models.initialization import (
     embedding_std,
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
         self.last_step = config.head == "last_step"
 
         rows = torch.empty(num_inputs, config.embedding_size)  # nn.Embedding's own draws would be lost
-        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
+        self.embedding = Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
         self.word_dropout = WordDropout(config.dropout_at("embedding"), variational="embedding" in config.variational)
         self.input_dropout = Dropout(config.dropout_at("input"), variational="input" in config.variational)
         self.input_projection: nn.Linear | None = None
