@@ -72,6 +72,22 @@ def test_loss_is_good_to_a_millionth_and_every_gradient_to_bfloat16(shape: tuple
         assert distance(ours, true) < 0.005
 
 
+def test_rows_beyond_the_biases_are_no_tokens_and_their_gradient_is_nought() -> None:
+    tensors, targets_N = layer(70, 97, 40)
+    expected = with_gradients(tensors, targets_N)
+    longer = [tensors[0], torch.cat((tensors[1].detach(), torch.full((3, 40), 100.0))).requires_grad_(), tensors[2]]
+    for _ in range(2):  # the second time the gradient's memory may be what the first one left
+        loss, d_features, d_weight, d_bias = with_gradients(longer, targets_N)
+        assert not d_weight[97:].any()
+        for found, same in zip((loss, d_features, d_weight[:97], d_bias), expected, strict=True):
+            assert torch.equal(found, same)
+        d_weight.fill_(torch.nan)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(IndexError, match="of 97 tokens"):
+        linear_loss(longer[0].bfloat16(), *longer[1:], targets_N.clamp(min=0) + 97)
+    scores = [linear_scores(given[0].bfloat16(), *given[1:], targets_N) for given in (tensors, longer)]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("shape", "size"), [((70, 500, 100), 16), ((70, 500, 100), 69), ((33, 97, 40), 1)])
 def test_positions_whose_scores_do_not_fit_are_scored_in_parts(

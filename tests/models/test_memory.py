@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+
+from elman.models.memory import pooled
 
 ROUNDS = 5
 PROGRAM = f"""
@@ -23,6 +27,29 @@ for _ in range({ROUNDS}):
     take()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+def test_autograd_adds_in_place_to_a_gradient_in_pooled_memory() -> None:
+    gradient = pooled((2**10, 2**8 + 3), torch.float32)
+    assert gradient.shape == (2**10, 2**8 + 3)
+
+    class Filled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+            return weight.sum()
+
+        @staticmethod
+        def backward(ctx: Any, d_sum: torch.Tensor) -> torch.Tensor:
+            nonlocal gradient
+            given = gradient.fill_(1)
+            del gradient
+            return given
+
+    weight, place = torch.zeros(gradient.shape, requires_grad=True), gradient.data_ptr()
+    rows = torch.nn.functional.embedding(torch.tensor([1, 1]), weight)
+    (Filled.apply(weight) + rows.sum()).backward()
+    assert weight.grad.data_ptr() == place
+    assert weight.grad[:3, 0].tolist() == [1, 3, 1]
 
 
 @pytest.mark.skipif(

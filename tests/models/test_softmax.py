@@ -53,6 +53,16 @@ def test_loss_and_gradients_in_chunks_are_those_of_whole_logits(kept: int, monke
     assert torch.autograd.gradcheck(lambda *tensors: linear_loss(*tensors, TARGETS_N), layer())
 
 
+def test_rows_beyond_the_biases_are_no_tokens_and_their_gradient_is_nought() -> None:
+    features_NH, weight_VH, bias_V = layer()
+    longer = torch.cat((weight_VH.detach(), torch.full((2, H), 100.0, dtype=torch.float64))).requires_grad_()
+    tensors = (features_NH, longer, bias_V)
+    found = with_gradients(lambda *given: linear_loss(*given, TARGETS_N), tensors)
+    expected = with_gradients(lambda features, weight, bias: plain_loss(features, weight[:V], bias), tensors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert linear_scores(*tensors, TARGETS_N) == linear_scores(*layer(), TARGETS_N)
+
+
 def test_in_bf16_loss_and_gradients_are_close_and_of_the_parameters_type() -> None:
     expected = with_gradients(plain_loss, layer(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):

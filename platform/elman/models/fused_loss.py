@@ -81,7 +81,7 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
 
     Args:
         features_NH: In bfloat16.
-        weight_VH: In float32.
+        weight_VH: In float32; rows beyond the biases are no tokens.
         bias_V: An addend for each token.
         targets_N: Token ids.
         ignored: The target that does not count.
@@ -89,7 +89,7 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
     Raises:
         IndexError: A target is no token.
     """
-    counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
+    counts_N = _counted(targets_N, ignored, len(bias_V))
     if not torch.is_grad_enabled():  # else the kernels would compute gradients, or keep what they need for them
         features_NH, weight_VH, bias_V = features_NH.detach(), weight_VH.detach(), bias_V.detach()
     loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
@@ -100,9 +100,9 @@ def fused_scores(
     features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, ignored: int
 ) -> tuple[Tensor, Tensor]:
     """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
-    counts_N = _counted(targets_N, ignored, weight_VH.shape[0])
+    counts_N = _counted(targets_N, ignored, len(bias_V))
     predicted_N = torch.empty_like(targets_N, dtype=torch.int64, memory_format=torch.contiguous_format)
-    compute = _small if is_small(weight_VH, targets_N.shape[0]) else _large
+    compute = _small if is_small(weight_VH[: len(bias_V)], targets_N.shape[0]) else _large
     loss, _ = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)
     return loss, (predicted_N == targets_N).sum()
 
@@ -140,7 +140,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> Tensor:
         # The sum will be divided by the number of targets: what is wanted later are the gradients of the mean.
         ctx.factor = counts_N.sum().float().reciprocal() if any(ctx.needs_input_grad) else None
-        compute = _small if is_small(weight_VH, targets_N.shape[0]) else _large
+        compute = _small if is_small(weight_VH[: len(bias_V)], targets_N.shape[0]) else _large
         loss, gradients = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
         ctx.save_for_backward(*gradients)
         return loss
@@ -166,7 +166,7 @@ def _small(
     predicted_N: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and with a factor its product with the gradients: of features, weights and biases."""
-    vocabulary_size, hidden_size = weight_VH.shape
+    vocabulary_size, hidden_size = len(bias_V), weight_VH.shape[1]
     threads, padded = torch.get_num_threads(), _padded(hidden_size, 2 * LANES)
     losses_N = torch.empty(targets_N.shape[0])
     call: dict[str, Tensor | None] = {
@@ -203,7 +203,7 @@ def _large(
 ) -> tuple[Tensor, list[Tensor]]:
     """The same, by as many positions at a time as ``KEPT_LOGITS`` allows where gradients are wanted."""
     features_NH, targets_N = _rows(features_NH), targets_N.long().contiguous()
-    (num_positions, hidden_size), vocabulary_size = features_NH.shape, weight_VH.shape[0]
+    (num_positions, hidden_size), vocabulary_size = features_NH.shape, len(bias_V)
     size, threads = num_positions, torch.get_num_threads()
     call: dict[str, Tensor | None] = {**_layer(weight_VH, bias_V), "predicted": predicted_N}
     gradients = []
@@ -252,7 +252,9 @@ def _layer(weight_VH: Tensor, bias_V: Tensor) -> dict[str, Tensor]:
 def _gradients(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> list[Tensor]:
     """Memory for the gradients, as the kernels write them."""
     types = (torch.bfloat16, torch.float32, torch.float32)
-    return [pooled(like.shape, dtype) for like, dtype in zip((features_NH, weight_VH, bias_V), types, strict=True)]
+    gradients = [pooled(of.shape, dtype) for of, dtype in zip((features_NH, weight_VH, bias_V), types, strict=True)]
+    gradients[1][len(bias_V) :] = 0  # which the kernels do not write
+    return gradients
 
 
 def _rows(features_NH: Tensor) -> Tensor:
@@ -277,10 +279,10 @@ def _call(tensors: dict[str, Tensor | None], *, is_forward: bool, adds: bool = F
 
 def _arguments(tensors: dict[str, Tensor | None]) -> dict[str, int]:
     """``NUMBERS``, and where the tensors lie."""
-    weight, features = tensors["weight"], tensors["features"]
-    assert weight is not None
+    bias, features = tensors["bias"], tensors["features"]
+    assert bias is not None
     assert features is not None
-    numbers = (torch.get_num_threads(), *features.shape, weight.shape[0], features.stride(0), int(_has_tiles()))
+    numbers = (torch.get_num_threads(), *features.shape, bias.shape[0], features.stride(0), int(_has_tiles()))
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
     return dict(zip(NUMBERS, numbers, strict=True)) | addresses
 

@@ -207,13 +207,14 @@ class LanguageModel(nn.Module):
             return self.project(features_H.transpose(0, 1).contiguous()).transpose(0, 1)
         if self.adaptive is not None:
             return self.adaptive.log_probabilities(features_H, self.output_bias)
-        return F.linear(*self._output(features_H))
+        features_H, weight_VH, bias_V = self._output(features_H)
+        return F.linear(features_H, weight_VH[: self.vocabulary_size], bias_V)
 
     def scores_in_parts(self, num_targets: int) -> bool:
         """Whether ``loss`` and ``scores`` are to be used for so many targets, instead of whole logits."""
         if self.adaptive is not None or self.vocabulary_size >= LARGE_VOCABULARY:
             return True
-        return kernel_pays(self._output_weight, num_targets)
+        return kernel_pays(self._output_weight.detach()[: self.vocabulary_size], num_targets)
 
     def loss(self, features_BTH: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of the targets, summed, in nats, without whole logits; torch's ignore index is skipped."""
@@ -230,14 +231,14 @@ class LanguageModel(nn.Module):
         return linear_scores(*self._output(features_NH), targets_N)
 
     def _output(self, features_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the exact output layer multiplies and adds: features, weight (V, ·) and bias (V,)."""
+        """What the exact output layer multiplies and adds: features, weight (V and more rows, ·) and bias (V,)."""
         if self.projection is not None:
             features_H = F.linear(features_H, self.projection.weight)
         return features_H, self._output_weight, self.output_bias
 
     @property
     def _output_weight(self) -> Tensor:
-        return self.embedding.weight[: self.vocabulary_size] if self.output_weight is None else self.output_weight
+        return self.embedding.weight if self.output_weight is None else self.output_weight
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Score the next token at every position.

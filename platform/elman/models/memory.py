@@ -53,4 +53,5 @@ def pooled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             block.madvise(mmap.MADV_HUGEPAGE)
     lease = memoryview(block)
     weakref.finalize(lease, _free.append, block).atexit = False
-    return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
+    # Given its shape in place: a view would keep another tensor, and autograd adds to what nobody else has alone.
+    return torch.frombuffer(lease, dtype=dtype, count=count).resize_(shape)

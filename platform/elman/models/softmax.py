@@ -32,7 +32,7 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
 
     Args:
         features_NH: What is scored.
-        weight_VH: A row for each token.
+        weight_VH: A row for each token; any further ones are no tokens.
         bias_V: An addend for each token.
         targets_N: Token ids; ``IGNORED`` ones do not count.
     """
@@ -55,11 +55,11 @@ class _LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         features_NH = features_NH.detach().to(dtype)
         kept: list[Tensor] = []
-        keeps = any(ctx.needs_input_grad) and targets_N.shape[0] * weight_VH.shape[0] <= KEPT_LOGITS
+        keeps = any(ctx.needs_input_grad) and targets_N.shape[0] * len(bias_V) <= KEPT_LOGITS
         wide = torch.promote_types(dtype, torch.float32)
         lse_N = features_NH.new_full(targets_N.shape, -torch.inf, dtype=wide)
         found_N = torch.zeros_like(lse_N)
-        for begin in range(0, weight_VH.shape[0], CHUNK):
+        for begin in range(0, len(bias_V), CHUNK):
             logits_NC = _chunk(features_NH, weight_VH, bias_V, begin)
             kept += [logits_NC] if keeps else []
             logits_NC = logits_NC.to(wide)
@@ -83,9 +83,11 @@ class _LinearLoss(torch.autograd.Function):
         scaled_NH = (features_NH * factors_N[:, None]).to(dtype)
         d_features_NH = torch.zeros_like(features_NH, dtype=wide) if wants_features else None
         d_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
+        if d_weight_VH is not None:
+            d_weight_VH[len(bias_V) :] = 0
         d_bias_V = torch.empty_like(bias_V) if wants_bias else None
-        for index, begin in enumerate(range(0, weight_VH.shape[0], CHUNK)):
-            end = min(begin + CHUNK, weight_VH.shape[0])
+        for index, begin in enumerate(range(0, len(bias_V), CHUNK)):
+            end = min(begin + CHUNK, len(bias_V))
             logits_NC = kept[index] if kept else _chunk(features_NH, weight_VH, bias_V, begin)
             errors_NC = logits_NC.to(wide, copy=True).sub_(lse_N[:, None]).exp_()
             rows, columns = _inside(targets_N, begin, end - begin)
@@ -115,7 +117,7 @@ def linear_scores(
     lse_N = features_NH.new_full(targets_N.shape, -torch.inf, dtype=wide)
     best_N, found_N = lse_N.clone(), torch.zeros_like(lse_N)
     predicted_N = torch.zeros_like(targets_N)
-    for begin in range(0, weight_VH.shape[0], CHUNK):
+    for begin in range(0, len(bias_V), CHUNK):
         logits_NC = _chunk(features_NH, weight_VH, bias_V, begin).to(wide)
         lse_N = torch.logaddexp(lse_N, logits_NC.logsumexp(1))
         rows, columns = _inside(targets_N, begin, logits_NC.shape[1])
@@ -138,7 +140,8 @@ def _product_type(features_NH: Tensor, weight_VH: Tensor) -> torch.dtype:
 def _chunk(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, begin: int) -> Tensor:
     """Logits (N, C) of the tokens from ``begin`` on, in the features' type."""
     dtype = features_NH.dtype
-    return F.linear(features_NH, weight_VH[begin : begin + CHUNK].to(dtype), bias_V[begin : begin + CHUNK].to(dtype))
+    bias_C = bias_V[begin : begin + CHUNK]
+    return F.linear(features_NH, weight_VH[begin : begin + len(bias_C)].to(dtype), bias_C.to(dtype))
 
 
 def _inside(targets_N: Tensor, begin: int, size: int) -> tuple[Tensor, Tensor]:
