@@ -74,7 +74,14 @@ def is_fused(dtype: torch.dtype, weight_VH: Tensor) -> bool:
     return on_cpu and _kernels() is not None
 
 
-def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, ignored: int) -> Tensor:
+def fused_loss(
+    features_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    targets_N: Tensor,
+    ignored: int,
+    divisor: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of ``F.linear(features, weight, bias)``, summed, in nats.
 
     Where its graph is retained, the gradients that it gives are not to be changed in place.
@@ -85,6 +92,8 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
         bias_V: An addend for each token.
         targets_N: Token ids.
         ignored: The target that does not count.
+        divisor: What the loss will be divided by, where that is not the number of targets: gradients of
+            that quotient are computed with it, and those of any other follow by another pass over them.
 
     Raises:
         IndexError: A target is no token.
@@ -92,7 +101,8 @@ def fused_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N
     counts_N = _counted(targets_N, ignored, len(bias_V))
     if not torch.is_grad_enabled():  # else the kernels would compute gradients, or keep what they need for them
         features_NH, weight_VH, bias_V = features_NH.detach(), weight_VH.detach(), bias_V.detach()
-    loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N)  # type: ignore[no-untyped-call]
+    divisor = counts_N.sum() if divisor is None else divisor
+    loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N, divisor)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -136,10 +146,15 @@ def _counted(targets_N: Tensor, ignored: int, num_tokens: int) -> Tensor:
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, counts_N: Tensor
+        ctx: Any,
+        features_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor,
+        targets_N: Tensor,
+        counts_N: Tensor,
+        divisor: Tensor,
     ) -> Tensor:
-        # The sum will be divided by the number of targets: what is wanted later are the gradients of the mean.
-        ctx.factor = counts_N.sum().float().reciprocal() if any(ctx.needs_input_grad) else None
+        ctx.factor = divisor.float().reciprocal() if any(ctx.needs_input_grad) else None
         compute = _small if is_small(weight_VH[: len(bias_V)], targets_N.shape[0]) else _large
         loss, gradients = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
         ctx.save_for_backward(*gradients)
@@ -150,9 +165,10 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         if d_loss != ctx.factor:  # another scale was wanted
-            gradients = [gradient * (d_loss / ctx.factor) for gradient in gradients]
+            scale = d_loss / ctx.factor
+            gradients = [torch.mul(one, scale, out=pooled(one.shape, one.dtype)) for one in gradients]
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *(gradient if wants else None for gradient, wants in wanted), None, None
+        return *(gradient if wants else None for gradient, wants in wanted), None, None, None
 
 
 def _small(

@@ -25,7 +25,9 @@ KEPT_LOGITS = 2**27
 """Logits up to which backward reads what forward computed; beyond, it computes them again."""
 
 
-def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
+def linear_loss(
+    features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, divisor: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of ``F.linear(features, weight, bias)``, summed, in nats; never holds the whole logits.
 
     Products are in autocast's type where it is on; sums of exponentials in float32 at least.
@@ -35,10 +37,11 @@ def linear_loss(features_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_
         weight_VH: A row for each token; any further ones are no tokens.
         bias_V: An addend for each token.
         targets_N: Token ids; ``IGNORED`` ones do not count.
+        divisor: What the sum will be divided by, where it is not the number of targets: no other costs less.
     """
     dtype = _product_type(features_NH, weight_VH)
     if targets_N.numel() and is_fused(dtype, weight_VH):
-        return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED)
+        return fused_loss(features_NH, weight_VH, bias_V, targets_N, IGNORED, divisor)
     loss: Tensor = _LinearLoss.apply(features_NH, weight_VH, bias_V, targets_N, dtype)  # type: ignore[no-untyped-call]
     return loss
 
@@ -193,13 +196,13 @@ class AdaptiveSoftmax(nn.Module):
 
     def loss(self, features_NH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Tensor:
         """Cross-entropy summed over the targets, nats; a cluster is scored only where its tokens are due."""
-        heads_N = targets_N.clone()
+        heads_N, divisor = targets_N.clone(), (targets_N != IGNORED).sum()
         loss = torch.zeros((), device=features_NH.device)
         for k, (begin, end) in enumerate(self.edges):
             rows, within = _inside(targets_N, begin, end - begin)
             heads_N[rows] = self.cutoffs[0] + k
             narrowed_ND = F.linear(features_NH[rows], self.narrow[k])
-            loss = loss + linear_loss(narrowed_ND, self.tails[k], bias_V[begin:end], within)
+            loss = loss + linear_loss(narrowed_ND, self.tails[k], bias_V[begin:end], within, divisor)
         return loss + linear_loss(features_NH, self.head, self._head_bias(bias_V), heads_N)
 
     def log_probabilities(self, features_H: Tensor, bias_V: Tensor) -> Tensor:
