@@ -198,7 +198,7 @@ class ModelConfig:
     embedding_dropout: float = 0.0
     """Probability of dropping a whole word from the embedding."""
     input_dropout: float | None = None
-    """Dropout on the embedded input; null follows dropout. Over few symbols 0 is faster: products are looked up then."""
+    """Dropout on the embedded input; null follows dropout. Over few symbols 0 is faster: products are looked up."""
     layer_dropout: float | None = None
     """Dropout between layers; null follows dropout."""
     output_dropout: float | None = None
