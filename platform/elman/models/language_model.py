@@ -183,18 +183,18 @@ class LanguageModel(nn.Module):
         if isinstance(self.body, RecurrentStack) and not self.last_step:
             raw_BTH, state = self.body(self._embed(tokens_BT), state, resets_BT)
         elif resets_BT is None:
-            raw_BTH, state = self._attend(tokens_BT, state)
+            raw_BTH, state = self._run_whole(tokens_BT, state)
         else:
             outputs = []
             for begin, end, rows_B in pieces(resets_BT):
                 if rows_B is not None:
                     state = self.reset(state, rows_B)
-                raw_BTH, state = self._attend(tokens_BT[:, begin:end], state)
+                raw_BTH, state = self._run_whole(tokens_BT[:, begin:end], state)
                 outputs.append(raw_BTH)
             raw_BTH = torch.cat(outputs, 1)
         return Features(raw_BTH, self.output_dropout(raw_BTH), state)
 
-    def _attend(self, tokens_BT: Tensor, state: State) -> tuple[Tensor, State]:
+    def _run_whole(self, tokens_BT: Tensor, state: State) -> tuple[Tensor, State]:
         if self.last_step:
             return self._last_steps(tokens_BT, state)
         raw_BTH, state = self.body(self._embed(tokens_BT), state)
