@@ -44,4 +44,4 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         d_weight_VE = pooled(ctx.shape, d_out.dtype).zero_()
-        return d_weight_VE.index_add_(0, index.flatten(), d_out.flatten(0, -2)), None
+        return d_weight_VE.index_add_(0, index.flatten(), d_out.reshape(-1, d_out.shape[-1])), None

@@ -20,6 +20,7 @@ from elman.models.dropout import Dropout, drop_weight
 from elman.models.fused import Resets, Rows, fused_window, is_fused
 from elman.models.initialization import initialize_recurrent
 from elman.models.kernels import STEPS, WEIGHT_HOLDERS, WINDOWS, LayerState, Weights
+from elman.models.normalization import LayerNorm
 from elman.models.scan import is_scanned, scanned_window
 from elman.models.state import State, expand, pieces, replace_rows
 
@@ -115,7 +116,7 @@ class RecurrentStack(nn.Module):
         self.layers = nn.ModuleList(
             RecurrentLayer(config, before, size) for before, size in zip(input_sizes, sizes, strict=True)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(size) if config.layer_norm else nn.Identity() for size in sizes)
+        self.norms = nn.ModuleList(LayerNorm(size) if config.layer_norm else nn.Identity() for size in sizes)
         self.skips = [
             config.residual and before == size for before, size in zip(input_sizes, sizes, strict=True)
         ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from elman.config.schema import ModelConfig
 from elman.models.dropout import Dropout
 from elman.models.initialization import initialize_linear
+from elman.models.normalization import LayerNorm
 from elman.models.state import State, expand
 
 ROTARY_BASE = 10_000.0
@@ -44,7 +45,7 @@ class TransformerStack(nn.Module):
         self.num_heads = config.num_heads
         self.head_size = config.hidden_size // config.num_heads
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size)
 
     def initial_state(self, batch_size: int) -> State:
         """An empty cache: per block the keys and values (B, N, S, D), at last which of them are valid (B, S)."""
@@ -83,10 +84,10 @@ class TransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_heads
-        self.attention_norm = nn.LayerNorm(size)
+        self.attention_norm = LayerNorm(size)
         self.queries_keys_values = nn.Linear(size, 3 * size)
         self.attended = nn.Linear(size, size)
-        self.mlp_norm = nn.LayerNorm(size)
+        self.mlp_norm = LayerNorm(size)
         self.widen = nn.Linear(size, 4 * size)
         self.narrow = nn.Linear(4 * size, size)
         self.dropout = Dropout(config.dropout_at("layer"), variational="layer" in config.variational)
