@@ -180,17 +180,16 @@ void backward(const Window& w) {
             float* d_h = w.h + row * w.hidden;
             for (long at = (row + 1) * w.steps - 1; at >= row * w.steps; at--) {
                 const long source = (TABLE ? w.tokens[at] : at) * Cell::GATES * w.hidden;
-                const bool is_first = at == row * w.steps, is_reset = w.resets && w.resets[at];
+                const bool is_reset = w.resets && w.resets[at];
+                // The state that was given before the step; else it is what the step before put out.
+                const float* given = is_reset ? w.start : at == row * w.steps ? w.before + row * w.hidden : nullptr;
                 sweep(first, end, [&](long unit, long count) {
                     Floats gates[Cell::GATES], d_gates[Cell::GATES];
                     load_gates<Cell>(w, (const Value*)w.gates + source, unit, count, gates);
-                    const Floats before = is_reset ? load(w.start + unit, count)
-                                        : is_first ? load(w.before + row * w.hidden + unit, count)
-                                                   : load((const Value*)w.outputs + (at - 1) * w.hidden + unit, count);
+                    const Floats before = given ? load(given + unit, count)
+                                                : load((const Value*)w.outputs + (at - 1) * w.hidden + unit, count);
                     const Floats d_out = load((const Value*)w.d_outputs + at * w.hidden + unit, count);
-                    const Floats d_before = Cell::back(gates, before, load(d_h + unit, count) + d_out, d_gates);
-                    store(d_h + unit, is_reset ? Floats{} : d_before, count);
-                    if (is_reset) store(w.d_start + unit, load(w.d_start + unit, count) + d_before, count);
+                    store(d_h + unit, Cell::back(gates, before, load(d_h + unit, count) + d_out, d_gates), count);
                     for (long k = 0; k < Cell::GATES; k++) {
                         const long column = k * w.hidden + unit;
                         store(w.d_bias + column, load(w.d_bias + column, count) + d_gates[k], count);
@@ -202,6 +201,11 @@ void backward(const Window& w) {
                         }
                     }
                 });
+                if (is_reset)
+                    for (long unit = first; unit < end; unit++) {
+                        w.d_start[unit] += d_h[unit];
+                        d_h[unit] = 0;
+                    }
             }
         }
     });
