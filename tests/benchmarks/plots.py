@@ -31,7 +31,7 @@ UNITS = {
     "windowed": "nats in windows", "microseconds_per_token": "µs a token", "bits_per_byte": "bits a byte",
 }  # fmt: skip
 RECIPE_GOALS = ((1.4697, 120), (1.45, 180))  # nats on tiny shakespeare, and the seconds to get there
-SETTINGS = {"layers", "length", "hidden_size"}  # numbers that tell results apart; words always do
+SETTINGS = {"layers", "length", "hidden_size", "borders"}  # numbers that tell results apart; words always do
 
 
 class Goal(NamedTuple):
