@@ -190,8 +190,8 @@ def test_a_transformer_that_loses_its_cache_is_found() -> None:
     inner = type(body)
 
     class Cacheless(inner):  # type: ignore[misc, valid-type]
-        def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-            return super().forward(x, self.initial_state(x.shape[0]))
+        def forward(self, x: Tensor, state: State, resets_BT: Tensor | None = None) -> tuple[Tensor, State]:
+            return super().forward(x, self.initial_state(x.shape[0]), resets_BT)
 
     body.__class__ = Cacheless
     assert_found(carry, subject, "away from one of")

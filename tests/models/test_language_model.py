@@ -86,6 +86,50 @@ def test_reset_rows_start_afresh_and_the_others_go_on(tiny: Tiny, settings: dict
     assert_same(found_BTV[1], model(next_BT, state)[0][1])
 
 
+@pytest.mark.parametrize("lengths", [(11, 6), (1, 1, 3, 1), (2, 9)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [settings for settings in VARIANTS if "head" not in settings], ids=lambda settings: str(settings)
+)
+def test_resets_within_windows_equal_windows_cut_at_the_resets(
+    tiny: Tiny, settings: dict[str, object], lengths: tuple[int, ...]
+) -> None:
+    model = tiny(**settings)
+    tokens_BT = tokens(3, sum(lengths))
+    resets_BT = torch.rand(tokens_BT.shape, generator=torch.Generator().manual_seed(1)) < 0.25
+    resets_BT[0, 0] = resets_BT[1, -1] = True
+
+    def whole() -> Tensor:
+        outputs, state = [], None
+        for window_BT, where_BT in zip(tokens_BT.split(lengths, 1), resets_BT.split(lengths, 1), strict=True):
+            features = model.features(window_BT, state, where_BT)
+            outputs.append(features.raw_BTH)
+            state = features.state
+        return torch.cat(outputs, 1)
+
+    def cut() -> Tensor:
+        outputs, state = [], model.initial_state(3)
+        for step in range(tokens_BT.shape[1]):
+            features = model.features(tokens_BT[:, step : step + 1], model.reset(state, resets_BT[:, step]))
+            outputs.append(features.raw_BTH)
+            state = features.state
+        return torch.cat(outputs, 1)
+
+    found_BTH, expected_BTH = whole(), cut()
+    assert_same(found_BTH, expected_BTH)
+    factors, leaves = torch.randn_like(found_BTH), [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (
+        torch.autograd.grad((out_BTH * factors).sum(), leaves, allow_unused=True)
+        for out_BTH in (found_BTH, expected_BTH)
+    )
+    assert any(gradient is not None for gradient in theirs)
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert (gradient is None) == (exact is None)
+        if exact is not None:
+            assert_same(gradient, exact)
+    with torch.inference_mode():
+        assert_same(whole(), expected_BTH)
+
+
 @every_variant
 def test_rebuilt_from_its_architecture_and_weights_it_is_the_same_model(
     tiny: Tiny, settings: dict[str, object]

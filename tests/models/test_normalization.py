@@ -28,6 +28,15 @@ def test_gradients_of_the_weights_are_sums_over_any_number_of_positions(threads:
     torch.testing.assert_close(norm.weight.grad.double(), exact.sum(0), rtol=1e-3, atol=0.05)
 
 
+def test_time_major_memory_stays_time_major() -> None:
+    x_BTH, norm = torch.randn(5, 3, 16).transpose(0, 1), LayerNorm(16)
+    out_BTH = norm(x_BTH)
+    assert out_BTH.transpose(0, 1).is_contiguous()
+    torch.testing.assert_close(out_BTH, nn.functional.layer_norm(x_BTH, (16,)))
+    sliced = torch.randn(3, 5, 20)[..., :16]
+    torch.testing.assert_close(norm(sliced), nn.functional.layer_norm(sliced, (16,)))
+
+
 def test_double_precision_stays() -> None:
     x_NH = torch.randn(3, 8, dtype=torch.float64)
     torch.testing.assert_close(LayerNorm(8).double()(x_NH), nn.functional.layer_norm(x_NH, (8,)))

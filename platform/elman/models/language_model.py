@@ -33,7 +33,7 @@ from elman.models.softmax import (
     linear_loss,
     linear_scores,
 )
-from elman.models.state import State, expand, pieces, replace_rows
+from elman.models.state import State, expand, replace_rows
 from elman.models.transformer import TransformerStack
 
 
@@ -180,25 +180,12 @@ class LanguageModel(nn.Module):
         if state is None:
             state = self.initial_state(tokens_BT.shape[0])
         assert state[0][0].shape[0] == tokens_BT.shape[0], "the carry is of another batch size"
-        if isinstance(self.body, RecurrentStack) and not self.last_step:
-            raw_BTH, state = self.body(self._embed(tokens_BT), state, resets_BT)
-        elif resets_BT is None:
-            raw_BTH, state = self._run_whole(tokens_BT, state)
-        else:
-            outputs = []
-            for begin, end, rows_B in pieces(resets_BT):
-                if rows_B is not None:
-                    state = self.reset(state, rows_B)
-                raw_BTH, state = self._run_whole(tokens_BT[:, begin:end], state)
-                outputs.append(raw_BTH)
-            raw_BTH = torch.cat(outputs, 1)
-        return Features(raw_BTH, self.output_dropout(raw_BTH), state)
-
-    def _run_whole(self, tokens_BT: Tensor, state: State) -> tuple[Tensor, State]:
         if self.last_step:
-            return self._last_steps(tokens_BT, state)
-        raw_BTH, state = self.body(self._embed(tokens_BT), state)
-        return raw_BTH, state
+            assert resets_BT is None, "head last_step carries no state"
+            raw_BTH, state = self._last_steps(tokens_BT, state)
+        else:
+            raw_BTH, state = self.body(self._embed(tokens_BT), state, resets_BT)
+        return Features(raw_BTH, self.output_dropout(raw_BTH), state)
 
     def project(self, features_H: Tensor) -> Tensor:
         """Logits (…, V) of features (…, H); with the adaptive softmax they are log-probabilities."""

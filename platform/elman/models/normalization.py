@@ -16,5 +16,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last dimension; the type stays."""
+        if input.dim() == 3 and not input.is_contiguous() and input.transpose(0, 1).is_contiguous():
+            # Time-major, as the compiled kernels leave and take it: torch's would copy, and turn it.
+            return self.forward(input.transpose(0, 1)).transpose(0, 1)
         wide = torch.promote_types(input.dtype, torch.float32)
         return super().forward(input.to(wide)).to(input.dtype)

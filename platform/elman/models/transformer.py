@@ -54,12 +54,22 @@ class TransformerStack(nn.Module):
         valid = torch.zeros(1, self.cache_length, dtype=torch.bool, device=weight.device)
         return expand((*((cache, cache) for _ in self.layers), (valid,)), batch_size)
 
-    def forward(self, x_BTH: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run a window through all blocks; returns the normalised output (B, T, H), and the carry."""
+    def forward(
+        self, x_BTH: Tensor, state: State, resets_BT: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Run a window through all blocks; returns the normalised output (B, T, H), and the carry.
+
+        From a position on where ``resets_BT`` is True, nothing before it is attended to.
+        """
         length = x_BTH.shape[1]
         *caches, (valid_BS,) = state
         valid_BK = torch.cat((valid_BS, valid_BS.new_ones(x_BTH.shape[0], length)), dim=1)
         mask_BNTK = self._visible(length, valid_BK)
+        if resets_BT is not None:
+            counts_BT = resets_BT.long().cumsum(1)  # positions of one text have seen equally many
+            counts_BK = torch.cat((torch.zeros_like(valid_BS, dtype=torch.int64), counts_BT), dim=1)
+            mask_BNTK = mask_BNTK & (counts_BT[:, None, :, None] == counts_BK[:, None, None])
+            valid_BK = valid_BK & (counts_BK == counts_BT[:, -1:])
         rotation = _rotation(valid_BK.shape[1], self.head_size, like=x_BTH)
         after: list[tuple[Tensor, ...]] = []
         for block, cache in zip(self.layers, caches, strict=True):
