@@ -52,7 +52,8 @@ def step_of(kind: type[LanguageModel], cell: str, window: Window) -> Callable[[]
 
 def main() -> None:
     arguments = parser(__doc__)
-    cells = arguments.add_argument("--cells", nargs="+", choices=(*RECURRENT_CELLS, "transformer"), help="cells to measure")
+    every = (*RECURRENT_CELLS, "transformer")
+    cells = arguments.add_argument("--cells", nargs="+", choices=every, help="cells to measure")
     cells.default = ["lstm", "gru", "mingru", "transformer"]
     arguments.add_argument("--borders", nargs="+", type=int, default=[8, 96], help="borders in a window")
     options = arguments.parse_args()
