@@ -109,9 +109,8 @@ def test_window_equals_written_out_cell_forward_and_in_every_gradient(
 
 
 @every_kind
-@pytest.mark.parametrize("shape", [(2, 6, 5), (3, 9, 33), (64, 17, 512), (100, 5, 70)], ids=str)
-@pytest.mark.parametrize("rows", [0, V], ids=["dense", "rows"])
-@pytest.mark.parametrize("often", [0.3, 1.0], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 5), (64, 9, 272), (100, 5, 70)], ids=str)
+@pytest.mark.parametrize(("rows", "often"), [(0, 0.3), (V, 0.3), (V, 1.0)], ids=str)
 def test_resets_put_the_start_in_the_state_s_place_forward_and_in_every_gradient(
     kind: str, shape: tuple[int, int, int], rows: int, often: float
 ) -> None:
