@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import environment, parser, rate, speedup, take_turns, task_step, write_json
+from harness import environment, parser, rate, shown, speedup, take_turns, task_step, write_json
 from torch import Tensor
 
 from elman.config.schema import RECURRENT_CELLS, ModelConfig, OptimizerConfig
@@ -80,8 +80,7 @@ def main() -> None:
             gains = {name: speedup(seconds["elman"], seconds[name]) for name in ("none", "cut")}
             results.append({"cell": cell, "borders": borders, "tokens_per_second": tokens, "speedup": gains})
             figures = " ".join(f"{tokens[name]:9,.0f}" for name in steps)
-            ratios = "  ".join(f"{g['median']:.2f} ({g['low']:.2f}–{g['high']:.2f})" for g in gains.values())
-            print(f"{cell:<16} {borders:7} {figures}  {ratios}", flush=True)
+            print(f"{cell:<16} {borders:7} {figures}  {'  '.join(map(shown, gains.values()))}", flush=True)
     write_json(options.json, results)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 
 import torch
-from harness import environment, parser, rate, speedup, spread, take_turns, write_json
+from harness import environment, parser, rate, shown, speedup, spread, take_turns, write_json
 from torch import Tensor, nn
 
 from elman.config.schema import GenerationConfig, ModelConfig
@@ -82,10 +82,6 @@ def position_ratio(model: LanguageModel, count: int, turns: int) -> dict[str, fl
         seconds = take_turns({name: steps[name] for name in order}, turns=1, warm_up=0)
         ratios.append(seconds["late"][0] / seconds["early"][0])
     return spread(ratios)
-
-
-def shown(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def main() -> None:

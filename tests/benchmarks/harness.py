@@ -77,6 +77,11 @@ def spread(figures: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
+def shown(ratio: Mapping[str, float]) -> str:
+    """A ``spread`` in a table."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
 def matrix_rate(dtype: torch.dtype, *, size: int = 2048, turns: int = 5) -> float:
     """Best rate of a large square product, floating-point operations per second."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)

@@ -113,7 +113,7 @@ def main() -> int:
 
 def measure(other: Other, options: Any) -> None:
     import torch
-    from harness import environment, rate, speedup, take_turns, write_json
+    from harness import environment, rate, shown, speedup, take_turns, write_json
     from training_speed import elman_step
 
     from elman.data.windows import Window
@@ -139,8 +139,8 @@ def measure(other: Other, options: Any) -> None:
                 {"cell": cell, "layers": num_layers, "hidden_size": options.hidden_size, "tokens_per_second": tokens,
                  "speedup": gain} | other.about
             )  # fmt: skip
-            spread = f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})"
-            print(f"{cell:5} {num_layers:6} {tokens['keras']:9,.0f} {tokens['elman']:9,.0f}   {spread}", flush=True)
+            figures = f"{tokens['keras']:9,.0f} {tokens['elman']:9,.0f}"
+            print(f"{cell:5} {num_layers:6} {figures}   {shown(gain)}", flush=True)
     write_json(options.json, results)
 
 

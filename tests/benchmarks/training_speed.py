@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import environment, matrix_rate, parser, rate, speedup, take_turns, task_step, write_json
+from harness import environment, matrix_rate, parser, rate, shown, speedup, take_turns, task_step, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,8 +98,7 @@ def main() -> None:
             gain = speedup(seconds["elman"], seconds["bare"])
             results.append({"cell": cell, "layers": num_layers, "tokens_per_second": tokens, "speedup": gain})
             figures = " ".join(f"{tokens[name]:9,.0f}" for name in steps)
-            spread = f"{gain['median']:.2f} ({gain['low']:.2f}–{gain['high']:.2f})"
-            print(f"{cell:5} {num_layers:6} {figures}   {spread}", flush=True)
+            print(f"{cell:5} {num_layers:6} {figures}   {shown(gain)}", flush=True)
     for result in results:
         result |= {"hidden_size": options.hidden_size, "matrix_rate": peak, "vocabulary_size": options.vocabulary_size}
     write_json(options.json, results)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import environment, matrix_rate, parser, rate, speedup, take_turns, task_step, write_json
+from harness import environment, matrix_rate, parser, rate, shown, speedup, take_turns, task_step, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,8 +119,7 @@ def main() -> None:
                 "optimizer": options.optimizer, "tokens_per_second": tokens, "speedup": gains, "matrix_rate": peak,
             })  # fmt: skip
             figures = "".join(f" {tokens[name]:9,.0f}" for name in names)
-            spread = "  ".join(f"{g['median']:.2f} ({g['low']:.2f}–{g['high']:.2f})" for g in gains.values())
-            print(f"{hidden_size:6} {num_layers:6}{figures}   {spread}", flush=True)
+            print(f"{hidden_size:6} {num_layers:6}{figures}   {'  '.join(map(shown, gains.values()))}", flush=True)
     write_json(options.json, results)
 
 

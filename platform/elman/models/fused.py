@@ -163,7 +163,7 @@ def fused_window(
             inputs = torch.roll(inputs, hidden_size + padding, 1)
     else:
         x_TBI = x.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)  # cast and turned in one
-        x_TBI = x_TBI.contiguous()  # which one of this type already is not yet
+        x_TBI = x_TBI.contiguous()  # what is of this type already comes back as a view
         inputs = F.linear(x_TBI, weight_ih)
     if not torch.is_grad_enabled():  # else what backward needs would be kept
         weight_hh, state = weight_hh.detach(), tuple(part.detach() for part in state)

@@ -10,6 +10,7 @@ Shape suffixes: N positions of the text, P of them padded for the kernel, H hidd
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,6 @@ def fused_loss(
     counts_N = _counted(targets_N, ignored, len(bias_V))
     if not torch.is_grad_enabled():  # else the kernels would compute gradients, or keep what they need for them
         features_NH, weight_VH, bias_V = features_NH.detach(), weight_VH.detach(), bias_V.detach()
-    divisor = counts_N.sum() if divisor is None else divisor
     loss: Tensor = _FusedLoss.apply(features_NH, weight_VH, bias_V, targets_N, counts_N, divisor)  # type: ignore[no-untyped-call]
     return loss
 
@@ -112,7 +112,7 @@ def fused_scores(
     """Loss as of ``fused_loss``, and how many targets were the likeliest prediction; no gradients."""
     counts_N = _counted(targets_N, ignored, len(bias_V))
     predicted_N = torch.empty_like(targets_N, dtype=torch.int64, memory_format=torch.contiguous_format)
-    compute = _small if is_small(weight_VH[: len(bias_V)], targets_N.shape[0]) else _large
+    compute = _kernel_for(weight_VH, bias_V, targets_N)
     loss, _ = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, predicted_N=predicted_N)
     return loss, (predicted_N == targets_N).sum()
 
@@ -152,10 +152,12 @@ class _FusedLoss(torch.autograd.Function):
         bias_V: Tensor,
         targets_N: Tensor,
         counts_N: Tensor,
-        divisor: Tensor,
+        divisor: Tensor | None,
     ) -> Tensor:
-        ctx.factor = divisor.float().reciprocal() if any(ctx.needs_input_grad) else None
-        compute = _small if is_small(weight_VH[: len(bias_V)], targets_N.shape[0]) else _large
+        ctx.factor = None
+        if any(ctx.needs_input_grad):
+            ctx.factor = (counts_N.sum() if divisor is None else divisor).float().reciprocal()
+        compute = _kernel_for(weight_VH, bias_V, targets_N)
         loss, gradients = compute(features_NH, weight_VH, bias_V, targets_N, counts_N, factor=ctx.factor)
         ctx.save_for_backward(*gradients)
         return loss
@@ -169,6 +171,10 @@ class _FusedLoss(torch.autograd.Function):
             gradients = [torch.mul(one, scale, out=pooled(one.shape, one.dtype)) for one in gradients]
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return *(gradient if wants else None for gradient, wants in wanted), None, None, None
+
+
+def _kernel_for(weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    return _small if is_small(weight_VH[: len(bias_V)], len(targets_N)) else _large
 
 
 def _small(

@@ -3,14 +3,14 @@
 // What threads add up depends on their number, and on nothing else.
 //
 // A large vocabulary, whose text may come in parts, a call forward and one backward for each: the scores are
-// computed transposed, a token of the vocabulary in a row and the positions of the text in its columns: so the
-// weights are the left factor as they lie in memory, and the sums of exponentials run down the columns. A block of rows at a time passes through the cache: multiplied,
-// summed, and its exponentials kept where backward will want them, relative to the largest score that was
-// known by then. Backward turns a block of them into the scores' gradients, and multiplies those with the
-// features for the weights' gradient, which is written once, in float32; and with the weights for the
-// features' gradient, of which each thread has a sum of its own. Positions are padded to a multiple of 16
-// and lie in panels of at most 64, H to a multiple of 32, and V, where it is summed over, to a multiple of
-// 32, with zeros.
+// computed transposed, a token of the vocabulary in a row and the positions of the text in its columns: so
+// the weights are the left factor as they lie in memory, and the sums of exponentials run down the columns.
+// A block of rows at a time passes through the cache: multiplied, summed, and its exponentials kept where
+// backward will want them, relative to the largest score that was known by then. Backward turns a block of
+// them into the scores' gradients, and multiplies those with the features for the weights' gradient, which
+// is written once, in float32; and with the weights for the features' gradient, of which each thread has a
+// sum of its own. Positions are padded to a multiple of 16 and lie in panels of at most 64, H to a multiple
+// of 32, and V, where it is summed over, to a multiple of 32, with zeros.
 //
 // A small vocabulary, whose weights stay in the cache: each thread has positions of its own, and does all
 // that there is to do with some of them, the gradients too, before it goes on to the next.

@@ -203,7 +203,7 @@ class AdaptiveSoftmax(nn.Module):
             heads_N[rows] = self.cutoffs[0] + k
             narrowed_ND = F.linear(features_NH[rows], self.narrow[k])
             loss = loss + linear_loss(narrowed_ND, self.tails[k], bias_V[begin:end], within, divisor)
-        return loss + linear_loss(features_NH, self.head, self._head_bias(bias_V), heads_N)
+        return loss + linear_loss(features_NH, self.head, self._head_bias(bias_V), heads_N, divisor)
 
     def log_probabilities(self, features_H: Tensor, bias_V: Tensor) -> Tensor:
         """Of every token (…, V), in float32 at least; their exponentials sum to one."""
